@@ -1,0 +1,56 @@
+# The one door to everything: `make` lists what it can do. Every target builds .venv first where that is missing or old.
+PYTHON ?= python3
+SCALE ?= demo
+WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+RUNS ?= runs
+SEEDS ?=
+ARGS ?=
+
+BIN := .venv/bin
+PAPERS := certified-pruning
+comma := ,
+empty :=
+space := $(empty) $(empty)
+seeds := $(if $(SEEDS),--study.seeds "[$(subst $(space),$(comma),$(strip $(SEEDS)))]")
+
+.PHONY: help setup test lint bench report clean reproduce-all $(PAPERS:%=reproduce-%)
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@echo "Ten papers, one house. Targets:"
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 28 | sed 's/^/  make /'
+	@for paper in $(PAPERS); do echo "  make reproduce-$$paper"; done
+	@echo "Settings: SCALE=smoke|demo|cifar|paper (now $(SCALE)), SEEDS=\"0 1 2\", WORKERS=$(WORKERS), RUNS=$(RUNS),"
+	@echo "  ARGS=\"--any.option value\" (all options: make reproduce-<paper> ARGS=--help), PYTHON=$(PYTHON)"
+
+setup: .venv/ready  ## build .venv with everything pinned in constraints.txt
+
+.venv/ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "building .venv (once, a few minutes) ..."; $(PYTHON) -m venv .venv; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps auto_LiRPA
+	@touch $@
+
+$(PAPERS:%=reproduce-%): reproduce-%: .venv/ready  ## reproduce one paper: runs, judged claims, report
+	@$(BIN)/python -m $(subst -,_,$*).reproduce --scale $(SCALE) --study.workers $(WORKERS) --study.runs $(RUNS) $(seeds) $(ARGS)
+
+reproduce-all: $(PAPERS:%=reproduce-%)  ## all papers, one after another
+
+test: lint  ## lint, types, import rules, all tests with a coverage floor, each paper on its own
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-fail-under=85
+	@$(BIN)/python common/tests/carry_away.py $(subst -,_,$(PAPERS))
+
+lint: .venv/ready  ## ruff, mypy and the import rules only
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy common $(subst -,_,$(PAPERS))
+	@$(BIN)/lint-imports --no-cache
+
+bench: .venv/ready  ## efficient forms against plain ones, as ratios
+	@for script in */benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+report: .venv/ready  ## write the HTML reports again from the committed results
+	@for results in */results/*.json; do $(BIN)/python -m common.claims $$results || exit 1; done
+
+clean:  ## remove runs and caches; keeps .venv, data and results
+	rm -rf $(RUNS) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

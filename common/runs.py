@@ -1,0 +1,334 @@
+"""The folder of one run: configuration, environment, metrics, checkpoints; a killed run resumes bit for bit.
+
+with Run(folder, config, total_steps=n) as run:
+    saved = run.restore()                       # None at the start, else the last snapshot
+    for step in run.steps(start, n, snapshot):  # snapshot() -> plain data, taken between two steps
+        ...
+    run.finish(metrics)
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+from common import distributed
+from common.config import ConfigError, UserError, dump, read_yaml, require
+
+FORMAT = "ten-papers-checkpoint-1"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and how it computes; may differ when a run is resumed."""
+
+    folder: str = ""
+    """of the run; empty: named after the configuration, under runs/"""
+    checkpoint_every: int = 200
+    """steps between checkpoints"""
+    threads: int = 0
+    """processor threads; 0: torch's choice. Results are equal bit for bit only at the same number"""
+
+    def __post_init__(self) -> None:
+        require(self.checkpoint_every >= 1, "run.checkpoint_every", self.checkpoint_every, "at least 1")
+        require(self.threads >= 0, "run.threads", self.threads, "at least 0")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, foreign or not there."""
+
+
+class NonFiniteError(UserError):
+    """NaN or Inf where a number was needed; the last good checkpoint stays."""
+
+    status = 1
+
+
+class Interrupted(UserError):
+    """Ctrl-C: the step was finished and saved."""
+
+    status = 130
+
+
+def generator(*keys: int) -> torch.Generator:
+    """A CPU generator that depends only on `keys`, e.g. (seed, epoch, batch): what it draws needs no saved state."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (all devices), numpy and python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either the old or the new content, whatever happens. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON, atomically. NaN and Inf are not JSON: they raise ValueError."""
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote. Raises `CheckpointError` if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged, not JSON ({error})") from error
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Save tensors, numbers, strings and containers of them, atomically: a torch file with its SHA-256 behind it."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` saved, on the CPU; nothing in the file is executed.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, holds anything but plain data, or is not of this project.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    # torch reads damaged tensors without a word, so nothing is read before every bit is known to be right.
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint of this project")
+    try:
+        content = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+    except Exception as error:  # what a forged file may raise has no common class
+        raise CheckpointError(f"{path}: holds more than plain data") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of this project")
+    return content
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, git revision, threads and time: what a measured number must carry."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = "unknown"
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "machine": {"cpu": (models or [platform.machine()])[0], "cores": os.cpu_count(), "gpus": gpus},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "revision": revision,
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def _rng_state() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    numpy_state = [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest]
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy_state, "python": random.getstate()}
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    name, keys, *rest = state["numpy"]
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+
+
+class Run:
+    """One run's folder, opened by one process (of a data-parallel group rank 0 writes, the others only read).
+
+    Args:
+        folder: made if missing; holds `config.yaml`, `environment.json`, `metrics.jsonl`, `checkpoint.pt`, events for
+            TensorBoard and, once finished, `done.json`.
+        config: a dataclass; a folder that holds a run of another configuration is refused (`run.*` may differ).
+        total_steps: for the progress bar.
+        checkpoint_every: steps between checkpoints.
+        progress: called with the finished fraction in [0, 1] instead of drawing a bar.
+
+    Raises:
+        UserError: on entering, before anything is written, if the folder is another's or in use.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,
+        *,
+        total_steps: int,
+        checkpoint_every: int = 200,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self.folder, self.config, self.total_steps = Path(folder), config, total_steps
+        self.checkpoint_every, self._progress = checkpoint_every, progress
+        self.writes = distributed.rank() == 0
+        self._stop = False
+        self._events: Any = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether `done.json` is there."""
+        return (self.folder / "done.json").exists()
+
+    def __enter__(self) -> "Run":
+        if self.writes:
+            self._refuse_another_configuration()
+        with contextlib.ExitStack() as stack:
+            if self.writes:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(self.folder / ".lock", "w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system however this process ends
+                except BlockingIOError:
+                    raise UserError(f"{self.folder}: another process is working in this run folder") from None
+                for left in self.folder.rglob(".*.partial"):  # by a process killed in the middle of a write
+                    left.unlink()
+                if not (self.folder / "config.yaml").exists():
+                    write_json(self.folder / "environment.json", environment())
+                    write_atomically(self.folder / "config.yaml", dump(self.config).encode())
+                self._metrics = stack.enter_context(open(self.folder / "metrics.jsonl", "ab"))
+            hidden = not self.writes or self._progress is not None
+            self._bar = stack.enter_context(tqdm(total=self.total_steps, unit="step", mininterval=0.5, disable=hidden))
+            if threading.current_thread() is threading.main_thread():
+                stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self._on_interrupt))
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._events is not None:
+            self._events.close()
+        self._open.close()
+
+    def restore(self) -> dict[str, Any] | None:
+        """The last snapshot, with the random state and `metrics.jsonl` set back to its moment; None at the start."""
+        path = self.folder / "checkpoint.pt"
+        saved = load_checkpoint(path) if path.exists() else None
+        if self.writes:
+            logged = saved["metrics_bytes"] if saved else 0
+            if self._metrics.tell() < logged:
+                raise CheckpointError(f"{self.folder}/metrics.jsonl: shorter than when checkpoint.pt was written")
+            self._metrics.truncate(logged)
+        if saved is None:
+            return None
+        _set_rng_state(saved["rng"])
+        self._show(saved["step"])
+        return saved["snapshot"]
+
+    def steps(self, start: int, stop: int, snapshot: Callable[[], Mapping[str, Any]]) -> Iterator[int]:
+        """Yield the steps [start, stop); between two steps save when it is due, and stop on Ctrl-C.
+
+        Args:
+            snapshot: the complete state after the step just done, as plain data; `restore` gives it back.
+        """
+        for step in range(start, stop):
+            yield step
+            self._show(step + 1)
+            stopping = distributed.any_rank(self._stop)
+            if stopping or (step + 1) % self.checkpoint_every == 0:
+                self.save(step + 1, snapshot())
+            if stopping:
+                where = f"after step {step + 1} of {self.total_steps}, saved in {self.folder}"
+                raise Interrupted(f"stopped {where}; the same command resumes it")
+
+    def save(self, step: int, snapshot: Mapping[str, Any]) -> None:
+        """Write `checkpoint.pt` atomically; `step` is the number of finished steps."""
+        if self.writes:
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
+            if self._events is not None:
+                self._events.flush()
+            size = self._metrics.seek(0, os.SEEK_END)
+            content = {"step": step, "metrics_bytes": size, "rng": _rng_state(), "snapshot": dict(snapshot)}
+            save_checkpoint(self.folder / "checkpoint.pt", content)
+
+    def log(self, step: int, split: str, **values: float) -> None:
+        """Append one line to `metrics.jsonl` and TensorBoard. Raises `NonFiniteError` on NaN or Inf."""
+        self.require_finite(step, **values)
+        if not self.writes:
+            return
+        self._metrics.write(json.dumps({"step": step, "split": split, **values}).encode() + b"\n")
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter  # here: its import takes a second
+
+            self._events = SummaryWriter(str(self.folder), purge_step=step)
+        for name, value in values.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:3]}, refresh=False)
+
+    def require_finite(self, step: int, **values: float) -> None:
+        """Raise `NonFiniteError` naming the step and the first value that is NaN or Inf."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"{name} is {value} at step {step}; the last good checkpoint is in {self.folder}")
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Write `done.json`: the run is finished and its final metrics are these."""
+        if self.writes:
+            write_json(self.folder / "done.json", metrics)
+
+    def _show(self, step: int) -> None:
+        self._bar.update(step - self._bar.n)
+        if self._progress is not None:
+            self._progress(step / max(self.total_steps, 1))
+
+    def _on_interrupt(self, *_: object) -> None:
+        if self._stop:
+            raise KeyboardInterrupt
+        self._stop = True
+
+    def _refuse_another_configuration(self) -> None:
+        path = self.folder / "config.yaml"
+        if path.exists():
+            for key, old, new in _differences(read_yaml(path), yaml.safe_load(dump(self.config))):
+                if not key.startswith("run."):
+                    wanted = f"holds a run with {key}={old!r}, asked for {new!r}"
+                    raise ConfigError(f"{self.folder}: {wanted}; choose another run.folder or remove that one")
+        elif any(there.name != "environment.json" for there in self.folder.glob("[!.]*")):
+            raise ConfigError(f"{self.folder}: not empty and not a run folder (it has no config.yaml)")
+
+
+def _differences(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in {**there, **here}:
+            yield from _differences(there.get(name), here.get(name), f"{key}.{name}".removeprefix("."))
+    elif there != here:
+        yield key, there, here
