@@ -1,0 +1,184 @@
+"""alpha- and beta-CROWN by projected Adam with closed-form gradients (Xu et al. 2021, Wang et al. 2021; spec h.1).
+
+Between sign changes the bound is multilinear in the lower slopes alpha and linear in the multipliers beta. By
+Danskin's theorem its gradient is read off one forward sweep of the point that minimises it, so a step costs one
+backward (transposed) and one forward pass, no autograd graph. Projection happens after the step: a clamp inside a graph
+would have zero gradient where alpha starts, at 0 and 1 (spec f, T2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from certified_pruning.chain import ChainNet
+from certified_pruning.ibp import PreBounds
+from certified_pruning.rows import Backward, RowBatch, Splits, layers, row_batch
+
+BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
+
+
+@dataclass
+class Result:
+    """What `optimize_alpha_beta` found, per row.
+
+    Attributes:
+        lb: best lower bound, shaped as the rows of C: (B, S) or (R,).
+        alpha, beta: (rows, N) and (rows, D), which give `lb`; beta is None without splits.
+        x_star: (rows, n), corner of the box minimising the last linear bound: a candidate counterexample.
+        relu_coef: (rows, N), coefficients H on the ReLU outputs at the last iterate, for branching. Rows that left
+            early because their bound passed `stop_above` keep the values they had then.
+    """
+
+    lb: Tensor
+    alpha: Tensor
+    beta: Tensor | None
+    x_star: Tensor
+    relu_coef: Tensor
+
+
+def gradient(
+    batch: RowBatch, b: Backward, positions: list[tuple[Tensor, Tensor, Tensor]], n_slots: int
+) -> tuple[Tensor, Tensor | None]:
+    """d lb / d alpha (R, N) and d lb / d beta (R, D) at the slopes that produced the backward pass `b`.
+
+    d lb / d alpha = max(H, 0) z and d lb / d beta = -sign z, with z the ReLU inputs at the minimiser. Entries of alpha
+    on stable neurons are not zeroed: the projection on [floor, ceil] pins them.
+    """
+    g_alpha = torch.empty_like(batch.relaxation.upper)
+    g_beta = batch.C.new_zeros(len(batch.C), n_slots) if n_slots else None
+    g = batch.minimiser(b)
+    for k, (start, end) in enumerate(layers(batch.net)):
+        z = batch.net.affines[k].forward(g)
+        h = b.relu_coef[k]
+        torch.mul(h.clamp(min=0), z, out=g_alpha[:, start:end])
+        if g_beta is not None:
+            rows, slots, local = positions[k]
+            assert batch.splits is not None
+            g_beta[rows, slots] = -batch.splits.sign[rows, slots] * z[rows, local]
+        if end < batch.net.n_neurons:
+            g = b.slope[k] * z + batch.relaxation.intercept[:, start:end] * (h < 0)
+    return g_alpha, g_beta
+
+
+class _Adam:
+    """Adam ascent on a tensor of independent rows."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.m, self.v = torch.zeros_like(like), torch.zeros_like(like)
+
+    def step(self, value: Tensor, grad: Tensor, lr: float, t: int) -> None:
+        self.m.lerp_(grad, 1 - BETA1)
+        self.v.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
+        denominator = self.v.sqrt().div_((1 - BETA2**t) ** 0.5).add_(ADAM_EPS)
+        value.addcdiv_(self.m, denominator, value=lr / (1 - BETA1**t))
+
+    def select(self, rows: Tensor) -> None:
+        self.m, self.v = self.m[rows], self.v[rows]
+
+
+def ascend(
+    batch: RowBatch,
+    alpha: Tensor,
+    beta: Tensor | None,
+    steps: int,
+    lr_alpha: float,
+    lr_beta: float,
+    decay: float = 0.98,
+    stop_above: float = float("inf"),
+) -> Result:
+    """Maximise the bound of every row; see `optimize_alpha_beta`, which checks its arguments first.
+
+    Does `steps` updates and `steps + 1` evaluations; the best evaluation of each row is kept. Rows above `stop_above`
+    leave the batch once they are a quarter of it.
+    """
+    n_slots = 0 if beta is None else beta.shape[1]
+    rows = torch.arange(len(alpha), device=alpha.device)  # rows still worked on, as numbers of the result
+    alpha, beta = alpha.clone(), None if beta is None else beta.clone()
+    best = Result(
+        alpha.new_full((len(alpha),), -float("inf")),
+        alpha.clone(),
+        None if beta is None else beta.clone(),
+        batch.x_lb.clone(),
+        torch.zeros_like(alpha),
+    )
+    adam_alpha, adam_beta = _Adam(alpha), None if beta is None else _Adam(beta)
+    positions = batch.split_positions()
+    for t in range(1, steps + 2):
+        b = batch.backward(alpha, beta, positions)
+        lb = batch.concretize(b)
+        better = (lb > best.lb[rows]).nonzero().squeeze(1)
+        to = rows[better]
+        best.lb[to], best.alpha[to] = lb[better], alpha[better]
+        if best.beta is not None and beta is not None:
+            best.beta[to] = beta[better]
+        done = best.lb[rows] > stop_above
+        n_done = int(done.sum())
+        last = t == steps + 1 or n_done == len(rows)
+        shrink = not last and 4 * n_done >= len(rows)
+        if last or shrink:
+            leaving = torch.ones_like(done) if last else done
+            best.x_star[rows[leaving]] = batch.minimiser(b)[leaving]
+            best.relu_coef[rows[leaving]] = torch.cat(b.relu_coef, 1)[leaving] if b.relu_coef else alpha[leaving]
+        if last:
+            break
+        g_alpha, g_beta = gradient(batch, b, positions, n_slots)
+        adam_alpha.step(alpha, g_alpha, lr_alpha * decay ** (t - 1), t)
+        torch.clamp(alpha, batch.relaxation.floor, batch.relaxation.ceil, out=alpha)
+        if beta is not None and adam_beta is not None and g_beta is not None:
+            adam_beta.step(beta, g_beta, lr_beta * decay ** (t - 1), t)
+            beta.clamp_(min=0)
+        if shrink:
+            keep = (~done).nonzero().squeeze(1)
+            rows, batch, alpha = rows[keep], batch.select(keep), alpha[keep]
+            adam_alpha.select(keep)
+            positions = batch.split_positions()
+            if beta is not None and adam_beta is not None:
+                beta = beta[keep]
+                adam_beta.select(keep)
+    return best
+
+
+@torch.no_grad()
+def optimize_alpha_beta(
+    net: ChainNet,
+    C: Tensor,
+    x_lb: Tensor,
+    x_ub: Tensor,
+    pre: PreBounds,
+    splits: Splits | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    steps: int = 20,
+    lr_alpha: float = 0.1,
+    lr_beta: float = 0.05,
+    decay: float = 0.98,
+    stop_above: float = float("inf"),
+    image: Tensor | None = None,
+) -> Result:
+    """Best lower bound of C . logits over the box and the splits that `steps` Adam steps find; sound at every step.
+
+    Arguments up to `beta` and `image` as in `crown_lower`. Without splits this is alpha-CROWN at the root.
+
+    Args:
+        steps: Adam updates; 0 evaluates the given alpha and beta once.
+        lr_alpha, lr_beta: learning rates, multiplied by `decay` after every step.
+        stop_above: rows whose bound passes this leave early.
+
+    Raises:
+        ValueError: as `crown_lower`; steps < 0.
+    """
+    if steps < 0:
+        raise ValueError(f"steps must be >= 0, got {steps}")
+    batch, lead = row_batch(net, C, x_lb, x_ub, pre, splits, image)
+    r = batch.relaxation
+    alpha = r.adaptive() if alpha is None else torch.clamp(alpha, r.floor, r.ceil)
+    if batch.splits is not None:
+        beta = torch.zeros_like(batch.splits.sign) if beta is None else beta.clamp_min(0)
+    else:
+        beta = None
+    result = ascend(batch, alpha, beta, steps, lr_alpha, lr_beta, decay, stop_above)
+    result.lb = result.lb.view(lead)
+    return result

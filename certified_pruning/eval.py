@@ -1,0 +1,155 @@
+"""Verify every round of a finished chain: python certified_pruning/eval.py --folder runs/certified_pruning/imp-seed0
+
+Writes eval.json into the run's folder: per round, on the first images of the test split, clean, attacked and verified
+accuracy, bound tightness and branch-and-bound effort; on validation images what a round is chosen by.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certified_pruning.chain import ChainNet
+from certified_pruning.crown import crown_intermediate
+from certified_pruning.ibp import input_box
+from certified_pruning.settings import Config
+from certified_pruning.train import accuracy, network
+from certified_pruning.verdicts import VerifyReport
+from certified_pruning.verifier import CompleteVerifier
+from common.config import ConfigError, command, parse, require
+from common.config import load as load_config
+from common.data import ImageSet, load, pixels
+from common.runs import CheckpointError, load_checkpoint, read_json, write_json
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """Which run to verify."""
+
+    folder: str = ""
+    """of a finished run of train.py"""
+
+    def __post_init__(self) -> None:
+        require(bool(self.folder), "folder", self.folder, "the folder of a run")
+
+
+def evaluate(folder: Path, progress: Callable[[float], None] | None = None) -> list[Metrics]:
+    """Metrics of each round of the finished run in `folder`, from its tickets; kept in eval.json and read from there.
+
+    Args:
+        folder: of the run.
+        progress: called with the finished fraction in [0, 1].
+
+    Raises:
+        ConfigError: if the run is not there or not finished; CheckpointError: if a ticket is damaged.
+    """
+    if not (folder / "config.yaml").exists():
+        raise ConfigError(f"{folder}: no such run (it has no config.yaml)")
+    if not (folder / "done.json").exists():
+        raise ConfigError(f"{folder}: this run is not finished; run train.py with its configuration again")
+    config = load_config(Config, folder / "config.yaml")
+    finished = read_json(folder / "eval.json") if (folder / "eval.json").exists() else []
+    splits = load(config.data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = network(config, splits.train).to(device)
+    for round_number in range(len(finished), config.prune.rounds):
+        path = folder / "tickets" / f"{round_number}.pt"
+        ticket = load_checkpoint(path)
+        try:
+            model.load_state_dict(ticket["model"])
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: not a ticket of this run's network") from error
+
+        def within_round(fraction: float, done: int = len(finished)) -> None:
+            if progress is not None:
+                progress((done + fraction) / config.prune.rounds)
+
+        metrics = evaluate_network(model, splits.val, splits.test, config, within_round)
+        finished.append({"density": ticket["density"], **metrics})
+        write_json(folder / "eval.json", finished)
+    return finished
+
+
+def evaluate_network(
+    model: nn.Module, val: ImageSet, test: ImageSet, config: Config, progress: Callable[[float], None]
+) -> Metrics:
+    """All metrics of one network; accuracies in percent, the verified ones of all images, misclassified included."""
+    model.eval()
+    device = next(model.parameters()).device
+    val_accuracy, test_accuracy = (accuracy(model, split, config, device) for split in (val, test))
+    incomplete = replace(config.verify, root_steps=config.eval.val_root_steps, max_nodes=0)
+    val_report = _verify(model, val, config, incomplete, lambda fraction: progress(0.2 * fraction))
+    report = _verify(model, test, config, config.verify, lambda fraction: progress(0.2 + 0.8 * fraction))
+    images = len(report.images)
+    return {
+        "val_accuracy": val_accuracy,
+        "test_accuracy": test_accuracy,
+        "val_verified": val_report.verified_accuracy,
+        "verified": report.verified_accuracy,
+        "falsified": 100 * report.counts["falsified"] / images,
+        "unknown": 100 * report.counts["unknown"] / images,
+        "alpha_verified": 100 * sum(report.stages.get(f"verified/{s}", 0) for s in ("ibp", "crown", "alpha")) / images,
+        "nodes": report.nodes,
+        "seconds": sum(verdict.seconds for verdict in report.images),
+        "unstable": unstable_ratio(model, _first(test, config)[0].to(device), config),
+    }
+
+
+@torch.no_grad()
+def unstable_ratio(model: nn.Module, raw: Tensor, config: Config) -> float:
+    """Share of (image, ReLU) pairs whose CROWN bounds on the box of radius eps contain 0 (|bound| <= 1e-5 counts as 0).
+
+    Args:
+        model: in eval mode.
+        raw: pixels in [0, 1], (batch, channels, height, width).
+        config: eps and normalisation.
+    """
+    net = ChainNet.from_module(model, tuple(raw.shape[1:]))
+    bounds = crown_intermediate(net, *input_box(raw, config.train.eps, config.model.mean, config.model.std))
+    unstable = sum(int(((lower < -1e-5) & (upper > 1e-5)).sum()) for lower, upper in bounds)
+    return unstable / sum(lower.numel() for lower, _ in bounds)
+
+
+def _first(split: ImageSet, config: Config) -> tuple[Tensor, Tensor]:
+    assert isinstance(split.images, Tensor)
+    return pixels(split.images[: config.eval.images]), split.labels[: config.eval.images]
+
+
+def _verify(
+    model: nn.Module, split: ImageSet, config: Config, budget: Any, progress: Callable[[float], None]
+) -> VerifyReport:
+    raw, labels = _first(split, config)
+    normalize = (config.model.mean, config.model.std)
+    shape = tuple(raw.shape[1:])
+    verifier = CompleteVerifier(model, shape, config.train.eps, split.classes, budget, normalize=normalize)
+    return verifier.verify(raw, labels, progress)
+
+
+def main() -> None:
+    """The command line."""
+    from tqdm import tqdm
+
+    arguments = parse(
+        EvalArguments, prog="python certified_pruning/eval.py", description=(__doc__ or "").split("\n")[0]
+    )
+    with tqdm(total=1.0, bar_format="verify: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]") as bar:
+
+        def show(fraction: float) -> None:
+            bar.update(fraction - bar.n)
+
+        rounds = evaluate(Path(arguments.folder), show)
+    for number, metrics in enumerate(rounds):
+        print(
+            f"round {number}: density {metrics['density']:.4f}, test {metrics['test_accuracy']:.1f} %, verified "
+            f"{metrics['verified']:.0f} %, falsified {metrics['falsified']:.0f} %, unknown {metrics['unknown']:.0f} %, "
+            f"unstable {metrics['unstable']:.3f}, {metrics['nodes']} nodes"
+        )
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,238 @@
+"""Rows: what a linear bound through a ReLU chain is computed from, and the backward pass that computes it.
+
+A *row* is one bound to compute: coefficients on the outputs of a chain, the box it holds on, a relaxation of every
+ReLU, and possibly split ReLUs (Zhang et al. 2018, Wang et al. 2021; spec c.8.5). Rows are independent. Shapes: R rows,
+N neurons of all ReLU layers side by side, n inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from certified_pruning.chain import ChainNet
+from certified_pruning.ibp import PreBounds, check_box
+
+
+@dataclass(frozen=True)
+class Splits:
+    """ReLUs fixed by branching, per row, padded.
+
+    Attributes:
+        neuron: (R, D) long, number of the neuron through all ReLU layers; anything where `sign` is 0.
+        sign: (R, D) +1 for z >= 0, -1 for z <= 0, 0 for padding.
+    """
+
+    neuron: Tensor
+    sign: Tensor
+
+    def select(self, rows: Tensor) -> Splits:
+        return Splits(self.neuron[rows], self.sign[rows])
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """Triangle relaxation of every ReLU: alpha z <= relu(z) <= upper z + intercept, floor <= alpha <= ceil.
+
+    All (R, N). A stable neuron has upper = floor = ceil = 1 (on) or 0 (off) and intercept 0; an unstable one has
+    upper = u / (u - l), intercept = -l u / (u - l), floor 0, ceil 1.
+    """
+
+    upper: Tensor
+    intercept: Tensor
+    floor: Tensor
+    ceil: Tensor
+
+    @staticmethod
+    def of(lower: Tensor, upper: Tensor) -> Relaxation:
+        """From bounds l <= u of the ReLU inputs, (R, N) each."""
+        on, off = lower >= 0, upper <= 0
+        unstable = ~(on | off)
+        slope = torch.where(unstable, upper / (upper - lower).where(unstable, torch.ones_like(upper)), on.to(upper))
+        # An exactly zero interval is both on and off; on wins.
+        return Relaxation(slope, torch.where(unstable, -lower * slope, 0.0), on.to(upper), (on | ~off).to(upper))
+
+    @property
+    def unstable(self) -> Tensor:
+        """(R, N) bool."""
+        return self.ceil > self.floor
+
+    def adaptive(self) -> Tensor:
+        """Lower slopes that CROWN starts from: on an unstable neuron 1 if upper > 0.5 else 0."""
+        return torch.where(self.unstable, (self.upper > 0.5).to(self.upper), self.floor)
+
+    def select(self, rows: Tensor) -> Relaxation:
+        return Relaxation(self.upper[rows], self.intercept[rows], self.floor[rows], self.ceil[rows])
+
+    def split(self, splits: Splits) -> tuple[Relaxation, Tensor]:
+        """With split neurons linear, and (R,) bool: rows whose splits contradict the bounds. Works in place."""
+        empty = torch.zeros(len(self.upper), dtype=torch.bool, device=self.upper.device)
+        for sign, value in ((1, 1.0), (-1, 0.0)):
+            rows, slots = (splits.sign == sign).nonzero(as_tuple=True)
+            at = rows, splits.neuron[rows, slots]
+            wrong = (self.ceil[at] < value) | (self.floor[at] > value)
+            empty[rows[wrong]] = True
+            for t in (self.upper, self.floor, self.ceil):
+                t[at] = value
+            self.intercept[at] = 0.0
+        return self, empty
+
+
+class Backward(NamedTuple):
+    """Result of one backward pass: z-row = const + coef . x, valid for the relaxation that made it."""
+
+    const: Tensor  # (R,)
+    coef: Tensor  # (R, n)
+    relu_coef: list[Tensor]  # H_k, coefficients on the output of ReLU layer k, (R, N_k)
+    slope: list[Tensor]  # slope each ReLU was replaced by, (R, N_k)
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """R rows with all they depend on except the slopes alpha and the multipliers beta."""
+
+    net: ChainNet
+    C: Tensor  # (R, out)
+    x_lb: Tensor  # (R, n)
+    x_ub: Tensor
+    relaxation: Relaxation  # (R, N)
+    splits: Splits | None = None
+    empty: Tensor | None = None  # (R,) bool: contradictory splits, any bound holds
+
+    @staticmethod
+    def make(
+        net: ChainNet,
+        C: Tensor,
+        x_lb: Tensor,
+        x_ub: Tensor,
+        relaxation: Relaxation,
+        image: Tensor,
+        splits: Splits | None = None,
+    ) -> RowBatch:
+        """Rows C (R, out) of images `image` (R,) long, which index box (B, n) and relaxation (B, N)."""
+        rows, empty = relaxation.select(image), None
+        if splits is not None:
+            rows, empty = rows.split(splits)
+        return RowBatch(net, C, x_lb[image], x_ub[image], rows, splits, empty)
+
+    def select(self, rows: Tensor) -> RowBatch:
+        splits = None if self.splits is None else self.splits.select(rows)
+        empty = None if self.empty is None else self.empty[rows]
+        r = self.relaxation.select(rows)
+        return RowBatch(self.net, self.C[rows], self.x_lb[rows], self.x_ub[rows], r, splits, empty)
+
+    def split_positions(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each ReLU layer the splits in it: row, slot, and neuron within the layer."""
+        if self.splits is None:
+            return []
+        rows, slots = self.splits.sign.nonzero(as_tuple=True)
+        neuron = self.splits.neuron[rows, slots]
+        positions = []
+        for start, end in layers(self.net):
+            here = (neuron >= start) & (neuron < end)
+            positions.append((rows[here], slots[here], neuron[here] - start))
+        return positions
+
+    def backward(
+        self,
+        alpha: Tensor,
+        beta: Tensor | None = None,
+        positions: list[tuple[Tensor, Tensor, Tensor]] | None = None,
+    ) -> Backward:
+        """One CROWN pass (spec c.8.5).
+
+        Args:
+            alpha: lower slopes (R, N) in [floor, ceil]; not checked.
+            beta: multipliers (R, D) >= 0 of the splits; none means 0.
+            positions: `split_positions()`, if already known.
+        """
+        if beta is not None and positions is None:
+            positions = self.split_positions()
+        r, coef = self.relaxation, self.C
+        const = coef.new_zeros(len(coef))
+        hs: list[Tensor] = []
+        slopes: list[Tensor] = []
+        for k, (start, end) in reversed(list(enumerate(layers(self.net)))):
+            const = const + coef @ self.net.affines[k + 1].bias
+            h = self.net.affines[k + 1].transposed(coef)
+            slope = torch.where(h >= 0, alpha[:, start:end], r.upper[:, start:end])
+            coef = h * slope
+            const = const + (h.clamp(max=0) * r.intercept[:, start:end]).sum(1)
+            if beta is not None and positions:
+                rows, slots, local = positions[k]
+                assert self.splits is not None
+                change = -beta[rows, slots] * self.splits.sign[rows, slots]
+                coef.index_put_((rows, local), change, accumulate=True)
+            hs.append(h)
+            slopes.append(slope)
+        const = const + coef @ self.net.affines[0].bias
+        return Backward(const, self.net.affines[0].transposed(coef), hs[::-1], slopes[::-1])
+
+    def concretize(self, b: Backward) -> Tensor:
+        """Minimum over the box, (R,); +inf where the splits contradict the bounds."""
+        mid, rad = (self.x_ub + self.x_lb) / 2, (self.x_ub - self.x_lb) / 2
+        lb = b.const + (b.coef * mid).sum(1) - (b.coef.abs() * rad).sum(1)
+        return lb if self.empty is None else lb.masked_fill(self.empty, float("inf"))
+
+    def bound(self, alpha: Tensor, beta: Tensor | None = None) -> Tensor:
+        """Lower bound of every row, (R,); alpha in [floor, ceil] and beta >= 0 are not checked."""
+        return self.concretize(self.backward(alpha, beta))
+
+    def minimiser(self, b: Backward) -> Tensor:
+        """Corner of the box (R, n) where const + coef . x is smallest."""
+        return torch.where(b.coef >= 0, self.x_lb, self.x_ub)
+
+
+def layers(net: ChainNet) -> Iterator[tuple[int, int]]:
+    """First neuron and end of each ReLU layer."""
+    offsets = net.offsets
+    return pairwise(offsets)
+
+
+def join(pre: PreBounds, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds of all ReLU layers side by side, (B, N) each. ValueError where l > u or NaN."""
+    if not pre:
+        return like.new_zeros(len(like), 0), like.new_zeros(len(like), 0)
+    lower, upper = (torch.cat([b[i].flatten(1) for b in pre], 1) for i in (0, 1))
+    if not bool((lower <= upper).all()):
+        raise ValueError("pre must have lower <= upper everywhere (and no NaN)")
+    return lower, upper
+
+
+def row_batch(
+    net: ChainNet,
+    C: Tensor,
+    x_lb: Tensor,
+    x_ub: Tensor,
+    pre: PreBounds,
+    splits: Splits | None,
+    image: Tensor | None,
+) -> tuple[RowBatch, tuple[int, ...]]:
+    """Checked `RowBatch` of the public functions, and the shape that lb is to have."""
+    x_lb, x_ub = check_box(net, x_lb, x_ub)
+    if C.shape[-1] != net.n_out or C.dim() not in (2, 3):
+        raise ValueError(f"C must have shape (batch, S, {net.n_out}) or (rows, {net.n_out}), got {tuple(C.shape)}")
+    lead = tuple(C.shape[:-1])
+    if image is None:
+        if C.shape[0] != len(x_lb):
+            raise ValueError(f"C must have {len(x_lb)} images as x_lb, got {C.shape[0]}")
+        image = torch.arange(len(x_lb), device=C.device)
+        if C.dim() == 3:
+            image = image.repeat_interleave(C.shape[1])
+    lower, upper = join(pre, x_lb)
+    if lower.shape != (len(x_lb), net.n_neurons):
+        raise ValueError(f"pre must bound ({len(x_lb)}, {net.n_neurons}) ReLU inputs, got {tuple(lower.shape)}")
+    C = C.flatten(0, -2)
+    if splits is not None:
+        real = splits.sign != 0
+        if splits.neuron.shape != splits.sign.shape or splits.neuron.shape[:-1].numel() != len(C):
+            raise ValueError(f"splits must have {len(C)} rows, got {tuple(splits.neuron.shape)}")
+        if bool(((splits.neuron < 0) | (splits.neuron >= net.n_neurons))[real].any()):
+            raise ValueError(f"splits.neuron must be in [0, {net.n_neurons})")
+        splits = Splits(splits.neuron.flatten(0, -2), splits.sign.flatten(0, -2).to(C.dtype))
+    return RowBatch.make(net, C, x_lb, x_ub, Relaxation.of(lower, upper), image, splits), lead
