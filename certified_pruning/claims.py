@@ -70,10 +70,12 @@ def certified_ticket(rows: Rows) -> list[float]:
 
 
 def stability_correlation(rows: Rows) -> list[float]:
-    """Per seed: Spearman correlation of unstable ratio and verified accuracy over all rounds of all methods."""
+    """Per seed: Spearman correlation of unstable ratio and verified accuracy over its rows; KeyError if constant."""
     found = []
     for of_seed in by_seed(rows).values():
         unstable, verified = ([float(row["metrics"][name]) for row in of_seed] for name in ("unstable", "verified"))
+        if len(set(unstable)) < 2 or len(set(verified)) < 2:
+            raise KeyError("no correlation of a constant")
         found.append(float(stats.spearmanr(unstable, verified).statistic))
     return found
 

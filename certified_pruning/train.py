@@ -5,6 +5,7 @@ Data-parallel: torchrun --nproc_per_node=N certified_pruning/train.py --config .
 """
 
 import copy
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from certified_pruning.pruners import Criterion, dense_masks, prune
 from certified_pruning.settings import Config
 from certified_pruning.train_ibp import pixel_box
 from common import distributed
-from common.config import command, parse
-from common.data import ImageSet, Splits, batches, in_order, load, pixels
+from common.config import ConfigError, command, parse, require
+from common.data import ImageSet, Splits, batches, in_order, load, pixels, steps_per_epoch
 from common.masks import Masks
 from common.runs import Run, generator, read_json, save_checkpoint, seed_everything
 
@@ -38,13 +39,15 @@ def train(config: Config, folder: Path, progress: Callable[[float], None] | None
     """
     with distributed.process_group() as device:
         splits = load(config.data)
-        steps = config.train.epochs * (len(splits.train) // config.train.batch_size)
+        steps = config.train.epochs * steps_per_epoch(splits.train, config.train.batch_size)
+        seed_everything(config.seed)
+        model = network(config, splits.train).to(device)
         total = steps * config.prune.rounds
         run = Run(folder, config, total_steps=total, checkpoint_every=config.run.checkpoint_every, progress=progress)
         if run.finished:
             return read_json(folder / "done.json")
         with run:
-            return _rounds(config, run, splits, steps, device)
+            return _rounds(config, run, splits, model, steps)
 
 
 @dataclass
@@ -71,9 +74,8 @@ class Chain:
         self.levels, self.position = state["levels"], state["position"]
 
 
-def _rounds(config: Config, run: Run, splits: Splits, steps: int, device: torch.device) -> dict[str, Any]:
-    seed_everything(config.seed)
-    model = network(config, splits.train).to(device)
+def _rounds(config: Config, run: Run, splits: Splits, model: nn.Module, steps: int) -> dict[str, Any]:
+    device = next(model.parameters()).device
     initial = copy.deepcopy(model.state_dict())
     chain = Chain(model, _optimizer(config, model), dense_masks(model), initial, levels=[])
     if saved := run.restore():
@@ -117,10 +119,17 @@ def _rounds(config: Config, run: Run, splits: Splits, steps: int, device: torch.
 
 
 def network(config: Config, data: ImageSet) -> nn.Module:
-    """The configured network for images like those of `data`."""
-    assert isinstance(data.images, Tensor)
-    _, channels, size, _ = data.images.shape
-    return build_model(config.model.name, channels, size, data.classes, config.model.channels or None)
+    """The configured network for images like those of `data`, its weights drawn now. Raises `ConfigError`."""
+    if not isinstance(data.images, Tensor):
+        raise ConfigError(f"data.name must be a data set that fits memory, got {config.data.name!r}")
+    _, channels, size, width = data.images.shape
+    require(size == width, "data", (size, width), "square images")
+    fits = len(config.model.mean) in (1, channels)
+    require(fits, "model.mean", config.model.mean, f"as many numbers as the images' {channels} channels, or one")
+    try:
+        return build_model(config.model.name, channels, size, data.classes, config.model.channels or None)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
 
 
 def normalizer(config: Config) -> Callable[[Tensor], Tensor]:
@@ -190,6 +199,8 @@ def main() -> None:
         torch.set_num_threads(config.run.threads)
     folder = Path(config.run.folder or f"runs/certified_pruning/{config.prune.method}-seed{config.seed}")
     metrics = train(config, folder)
+    if int(os.environ.get("RANK", 0)):
+        return
     for number, level in enumerate(metrics["levels"]):
         print(f"round {number}: density {level['density']:.4f}, validation accuracy {level['val_accuracy']:.2f} %")
     print(f"finished in {folder}; next: {sys.executable} certified_pruning/eval.py --folder {folder}")

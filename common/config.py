@@ -50,7 +50,9 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
     argv = list(sys.argv[1:] if argv is None else argv)
     _check_files(argv, config_class)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under a field is its help text
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, parser_mode="yaml")
+    parser = ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, parser_mode="yaml", allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_class_arguments(config_class)
     try:

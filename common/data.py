@@ -156,17 +156,21 @@ def keep_classes(data: ImageSet, classes: list[int]) -> ImageSet:
     return ImageSet(data.images[rows], positions, len(classes))
 
 
+def steps_per_epoch(data: ImageSet, batch_size: int) -> int:
+    """Complete batches in one epoch. Raises `DataError` if there are fewer images than one batch."""
+    if len(data) < batch_size:
+        raise DataError(f"batch size must be at most the {len(data)} training images, got {batch_size}")
+    return len(data) // batch_size
+
+
 def batches(
     data: ImageSet, batch_size: int, config: DataConfig, *, seed: int, step: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled, augmented training batches without end, from number `step` on; each epoch drops an incomplete last one.
 
-    Yields this rank's images (batch_size / ranks, channels, height, width) uint8 and labels int64. Raises `DataError`
-    if there are fewer images than one batch.
+    Yields this rank's images (batch_size / ranks, channels, height, width) uint8 and labels int64.
     """
-    per_epoch = len(data) // batch_size
-    if not per_epoch:
-        raise DataError(f"batch size must be at most the {len(data)} training images, got {batch_size}")
+    per_epoch = steps_per_epoch(data, batch_size)
     for epoch in itertools.count(step // per_epoch):
         order = torch.randperm(len(data), generator=generator(seed, epoch))
         plan = [distributed.shard(rows) for rows in order[: per_epoch * batch_size].split(batch_size)]

@@ -188,5 +188,4 @@ def erk_densities(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict
         over = [name for name in sparse if eps * raw[name] > 1]
         if not over:
             return {name: 1.0 if name in dense else eps * raw[name] for name in shapes}
-        # One at a time, the worst first, as the reference vectors have it.
-        dense.add(max(over, key=lambda name: raw[name]))
+        dense.update(over)  # eps only grows as layers leave, so that none of them comes back below 1

@@ -180,7 +180,7 @@ class Run:
     Args:
         folder: made if missing; holds `config.yaml`, `environment.json`, `metrics.jsonl`, `checkpoint.pt`, events for
             TensorBoard and, once finished, `done.json`.
-        config: a dataclass; a folder that holds a run of another configuration is refused (`run.*` may differ).
+        config: a dataclass; a folder with a run of another configuration is refused (run.* and study.* may differ).
         total_steps: for the progress bar.
         checkpoint_every: steps between checkpoints.
         progress: called with the finished fraction in [0, 1] instead of drawing a bar.
@@ -319,7 +319,7 @@ class Run:
         path = self.folder / "config.yaml"
         if path.exists():
             for key, old, new in _differences(read_yaml(path), yaml.safe_load(dump(self.config))):
-                if not key.startswith("run."):
+                if not key.startswith(("run.", "study.")):
                     wanted = f"holds a run with {key}={old!r}, asked for {new!r}"
                     raise ConfigError(f"{self.folder}: {wanted}; choose another run.folder or remove that one")
         elif any(there.name != "environment.json" for there in self.folder.glob("[!.]*")):

@@ -104,7 +104,7 @@ def run_study(
         identity: all else the rows depend on (the configuration as text); with another identity a cell is another cell.
         config: workers and backend.
     """
-    digests = [hashlib.sha256(f"{cell.name}\n{identity}".encode()).hexdigest()[:8] for cell in cells]
+    digests = [hashlib.sha256(f"{cell}\n{identity}".encode()).hexdigest()[:8] for cell in cells]
     homes = [folder / f"{cell.name}-{digest}" for cell, digest in zip(cells, digests, strict=True)]
     todo = [(cell, home) for cell, home in zip(cells, homes, strict=True) if not _rows_of(home).exists()]
     folder.mkdir(parents=True, exist_ok=True)
