@@ -210,7 +210,7 @@ def _propagate(
         elif isinstance(leaf, nn.Linear):
             centre, radius = leaf(centre), F.linear(radius, leaf.weight.abs())
         elif isinstance(leaf, nn.BatchNorm2d):
-            slope, intercept = _bn_affine(name, leaf, bn_eps, batch_stats)
+            slope, intercept = bn_affine(name, leaf, bn_eps, batch_stats)
             centre = torch.addcmul(intercept[:, None, None], centre, slope[:, None, None])
             radius = radius * slope.abs()[:, None, None]
         else:  # Flatten and AvgPool2d have non-negative coefficients and no bias
@@ -223,9 +223,10 @@ def _conv_radius(conv: nn.Conv2d, radius: Tensor) -> Tensor:
     return F.conv2d(radius, conv.weight.abs(), None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def _bn_affine(
+def bn_affine(
     name: str, bn: nn.BatchNorm2d, bn_eps: float | None, batch_stats: BatchStats | None
 ) -> tuple[Tensor, Tensor]:
+    """Slope and intercept, (channels,) each, of a batch norm as an affine map; arguments as in `ibp`."""
     if batch_stats is None:
         mean, variance = bn.running_mean, bn.running_var
         if mean is None or variance is None:

@@ -63,7 +63,7 @@ class Claim:
     @property
     def rule(self) -> str:
         """The test in words."""
-        sign = {"above": ">", "below": "<", "equivalent": "within ±"}[self.direction]
+        sign = {"above": "> ", "below": "< ", "equivalent": "within ±"}[self.direction]
         least = f", estimate ≥ {self.at_least:g}" if self.at_least > -math.inf else ""
         return f"{sign}{self.threshold:g} ({self.interval}{'' if self.interval == 'worst' else ', 95 %'}){least}"
 

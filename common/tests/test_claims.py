@@ -181,10 +181,10 @@ def test_one_bad_seed_decides_the_worst_case() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, ">0 (t, 95 %)"),
-        ({"direction": "below", "threshold": -0.5}, "<-0.5 (t, 95 %)"),
+        ({}, "> 0 (t, 95 %)"),
+        ({"direction": "below", "threshold": -0.5}, "< -0.5 (t, 95 %)"),
         ({"direction": "equivalent", "threshold": 1, "interval": "sign"}, "within ±1 (sign, 95 %)"),
-        ({"at_least": 5, "interval": "worst"}, ">0 (worst), estimate ≥ 5"),
+        ({"at_least": 5, "interval": "worst"}, "> 0 (worst), estimate ≥ 5"),
     ],
 )
 def test_the_rule_says_the_test_in_words(options: dict[str, Any], words: str) -> None:
@@ -204,7 +204,7 @@ def test_a_claim_is_judged_on_what_it_measures_in_the_rows() -> None:
     assert (judged["values"], judged["estimate"], judged["verdict"]) == ([1, 2, 3, 6], 3, "held")
     assert (judged["low"], judged["high"]) == pytest.approx((0.4581, 5.5419), abs=1e-4)
     assert {key: judged[key] for key in ("id", "source", "unit", "rule")} == {
-        "id": "C1", "source": "abstract", "unit": "points", "rule": ">0 (t, 95 %)",
+        "id": "C1", "source": "abstract", "unit": "points", "rule": "> 0 (t, 95 %)",
     }  # fmt: skip
 
 
