@@ -186,7 +186,7 @@ class Run:
         progress: called with the finished fraction in [0, 1] instead of drawing a bar.
 
     Raises:
-        UserError: on entering, before anything is written, if the folder is another's or in use.
+        UserError: at once if the folder is another's, on entering if it is in use; nothing is written then.
     """
 
     def __init__(
@@ -203,6 +203,8 @@ class Run:
         self.writes = distributed.rank() == 0
         self._stop = False
         self._events: Any = None
+        if self.writes:
+            self._refuse_another_configuration()
 
     @property
     def finished(self) -> bool:
@@ -210,8 +212,6 @@ class Run:
         return (self.folder / "done.json").exists()
 
     def __enter__(self) -> "Run":
-        if self.writes:
-            self._refuse_another_configuration()
         with contextlib.ExitStack() as stack:
             if self.writes:
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -424,6 +424,13 @@ def test_where_a_run_lies_how_often_it_saves_and_its_study_may_differ(other: dic
         assert run.restore() is None
 
 
+def test_a_finished_run_of_another_configuration_is_refused_too(tmp_path: Path) -> None:
+    with open_run(tmp_path, config=StudyConfig(runs="there")) as run:
+        run.finish({})
+    with pytest.raises(ConfigError, match="holds a run with runs='there', asked for 'here'"):
+        open_run(tmp_path, config=StudyConfig(runs="here"))
+
+
 def test_a_key_that_the_old_configuration_lacks_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     with pytest.raises(ConfigError, match=r"rates=None, asked for \[0\.1, 0\.2\]"), open_run(tmp_path):
