@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from certified_pruning.chain import ChainNet
 from certified_pruning.ibp import PreBounds
-from certified_pruning.rows import Backward, RowBatch, Splits, layers, row_batch
-
-BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
+from certified_pruning.rows import Backward, RowBatch, Splits, below_zero, layers, row_batch, rows_at_once
 
 
 @dataclass
@@ -38,6 +37,14 @@ class Result:
     x_star: Tensor
     relu_coef: Tensor
 
+    @staticmethod
+    def cat(parts: list[Result]) -> Result:
+        lb, alpha, x_star, relu_coef = (
+            torch.cat([getattr(p, name) for p in parts]) for name in ("lb", "alpha", "x_star", "relu_coef")
+        )
+        betas = [p.beta for p in parts if p.beta is not None]
+        return Result(lb, alpha, torch.cat(betas) if betas else None, x_star, relu_coef)
+
 
 def gradient(
     batch: RowBatch, b: Backward, positions: list[tuple[Tensor, Tensor, Tensor]], n_slots: int
@@ -47,36 +54,55 @@ def gradient(
     d lb / d alpha = max(H, 0) z and d lb / d beta = -sign z, with z the ReLU inputs at the minimiser. Entries of alpha
     on stable neurons are not zeroed: the projection on [floor, ceil] pins them.
     """
-    g_alpha = torch.empty_like(batch.relaxation.upper)
+    r, g_alpha = batch.relaxation, torch.empty_like(b.alpha)
     g_beta = batch.C.new_zeros(len(batch.C), n_slots) if n_slots else None
+    if not b.relu_coef:
+        return g_alpha, g_beta
+    h = torch.cat(b.relu_coef, 1)
+    on_upper = below_zero(h)
+    slope = torch.lerp(b.alpha, r.upper, on_upper)
+    intercept = on_upper.mul_(r.intercept)
+    active = h.clamp_(min=0)
     g = batch.minimiser(b)
     for k, (start, end) in enumerate(layers(batch.net)):
         z = batch.net.affines[k].forward(g)
-        h = b.relu_coef[k]
-        torch.mul(h.clamp(min=0), z, out=g_alpha[:, start:end])
+        torch.mul(active[:, start:end], z, out=g_alpha[:, start:end])
         if g_beta is not None:
             rows, slots, local = positions[k]
             assert batch.splits is not None
             g_beta[rows, slots] = -batch.splits.sign[rows, slots] * z[rows, local]
         if end < batch.net.n_neurons:
-            g = b.slope[k] * z + batch.relaxation.intercept[:, start:end] * (h < 0)
+            g = torch.addcmul(intercept[:, start:end], slope[:, start:end], z)
     return g_alpha, g_beta
 
 
 class _Adam:
-    """Adam ascent on a tensor of independent rows."""
+    """Adam ascent on a tensor of independent rows; one fused kernel a step, 3 times as fast as seven plain ones."""
 
     def __init__(self, like: Tensor) -> None:
         self.m, self.v = torch.zeros_like(like), torch.zeros_like(like)
+        self.t = torch.zeros((), device=like.device)
 
-    def step(self, value: Tensor, grad: Tensor, lr: float, t: int) -> None:
-        self.m.lerp_(grad, 1 - BETA1)
-        self.v.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
-        denominator = self.v.sqrt().div_((1 - BETA2**t) ** 0.5).add_(ADAM_EPS)
-        value.addcdiv_(self.m, denominator, value=lr / (1 - BETA1**t))
+    def step(self, value: Tensor, grad: Tensor, lr: float) -> None:
+        adam(
+            [value],
+            [grad],
+            [self.m],
+            [self.v],
+            [],
+            [self.t],
+            lr=lr,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            amsgrad=False,
+            maximize=True,
+            fused=True,
+        )
 
     def select(self, rows: Tensor) -> None:
-        self.m, self.v = self.m[rows], self.v[rows]
+        self.m, self.v = self.m.index_select(0, rows), self.v.index_select(0, rows)
 
 
 def ascend(
@@ -92,53 +118,72 @@ def ascend(
     """Maximise the bound of every row; see `optimize_alpha_beta`, which checks its arguments first.
 
     Does `steps` updates and `steps + 1` evaluations; the best evaluation of each row is kept. Rows above `stop_above`
-    leave the batch once they are a quarter of it.
+    leave the batch once they are a sixteenth of it.
     """
+    size = rows_at_once(batch.net)
+    if len(alpha) > size:
+        parts = []
+        for rows in torch.arange(len(alpha), device=alpha.device).split(size):
+            some = batch.select(rows), alpha[rows], None if beta is None else beta[rows]
+            parts.append(ascend(*some, steps, lr_alpha, lr_beta, decay, stop_above))
+        return Result.cat(parts)
     n_slots = 0 if beta is None else beta.shape[1]
     rows = torch.arange(len(alpha), device=alpha.device)  # rows still worked on, as numbers of the result
     alpha, beta = alpha.clone(), None if beta is None else beta.clone()
-    best = Result(
-        alpha.new_full((len(alpha),), -float("inf")),
+    found = Result(
+        alpha.new_empty(len(alpha)),
+        torch.empty_like(alpha),
+        None if beta is None else torch.empty_like(beta),
+        torch.empty_like(batch.x_lb),
+        torch.empty_like(alpha),
+    )
+    # Best so far of the rows still worked on.
+    top, top_alpha, top_beta = (
+        torch.full_like(found.lb, -float("inf")),
         alpha.clone(),
         None if beta is None else beta.clone(),
-        batch.x_lb.clone(),
-        torch.zeros_like(alpha),
     )
     adam_alpha, adam_beta = _Adam(alpha), None if beta is None else _Adam(beta)
     positions = batch.split_positions()
     for t in range(1, steps + 2):
         b = batch.backward(alpha, beta, positions)
         lb = batch.concretize(b)
-        better = (lb > best.lb[rows]).nonzero().squeeze(1)
-        to = rows[better]
-        best.lb[to], best.alpha[to] = lb[better], alpha[better]
-        if best.beta is not None and beta is not None:
-            best.beta[to] = beta[better]
-        done = best.lb[rows] > stop_above
+        better = (lb > top).to(lb)[:, None]
+        top = torch.maximum(top, lb)
+        top_alpha.lerp_(alpha, better)  # weight 0 or 1: a copy of the better rows
+        if beta is not None and top_beta is not None:
+            top_beta.lerp_(beta, better)
+        done = top > stop_above
         n_done = int(done.sum())
         last = t == steps + 1 or n_done == len(rows)
-        shrink = not last and 4 * n_done >= len(rows)
+        shrink = not last and 16 * n_done >= len(rows)
         if last or shrink:
-            leaving = torch.ones_like(done) if last else done
-            best.x_star[rows[leaving]] = batch.minimiser(b)[leaving]
-            best.relu_coef[rows[leaving]] = torch.cat(b.relu_coef, 1)[leaving] if b.relu_coef else alpha[leaving]
+            leaving = (done | last).nonzero().squeeze(1)
+            to = rows[leaving]
+            found.lb[to], found.x_star[to] = top[leaving], batch.minimiser(b)[leaving]
+            found.alpha.index_copy_(0, to, top_alpha.index_select(0, leaving))
+            if b.relu_coef:
+                found.relu_coef.index_copy_(0, to, torch.cat(b.relu_coef, 1).index_select(0, leaving))
+            if found.beta is not None and top_beta is not None:
+                found.beta[to] = top_beta[leaving]
         if last:
             break
         g_alpha, g_beta = gradient(batch, b, positions, n_slots)
-        adam_alpha.step(alpha, g_alpha, lr_alpha * decay ** (t - 1), t)
+        adam_alpha.step(alpha, g_alpha, lr_alpha * decay ** (t - 1))
         torch.clamp(alpha, batch.relaxation.floor, batch.relaxation.ceil, out=alpha)
         if beta is not None and adam_beta is not None and g_beta is not None:
-            adam_beta.step(beta, g_beta, lr_beta * decay ** (t - 1), t)
+            adam_beta.step(beta, g_beta, lr_beta * decay ** (t - 1))
             beta.clamp_(min=0)
         if shrink:
             keep = (~done).nonzero().squeeze(1)
-            rows, batch, alpha = rows[keep], batch.select(keep), alpha[keep]
+            rows, batch, alpha = rows[keep], batch.select(keep), alpha.index_select(0, keep)
+            top, top_alpha = top[keep], top_alpha.index_select(0, keep)
             adam_alpha.select(keep)
             positions = batch.split_positions()
-            if beta is not None and adam_beta is not None:
-                beta = beta[keep]
+            if beta is not None and top_beta is not None and adam_beta is not None:
+                beta, top_beta = beta[keep], top_beta[keep]
                 adam_beta.select(keep)
-    return best
+    return found
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from certified_pruning.chain import ChainNet
 from certified_pruning.ibp import margin_spec
 
 
@@ -143,11 +144,27 @@ def _one_start(
 
 def _value_and_gradient(model: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, and the gradient of rows . logits in x."""
+    if isinstance(model, ChainNet):
+        return _chain_gradient(model, x, rows)
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x)
         (grad,) = torch.autograd.grad((rows * logits).sum(), x)
     return logits.detach(), grad
+
+
+@torch.no_grad()
+def _chain_gradient(net: ChainNet, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without autograd, through the transposed maps of the bounds: twice as fast (measured, cnn_s)."""
+    z = net.affines[0].forward(x.flatten(1))
+    on = []
+    for affine in net.affines[1:]:
+        h = z.relu_()
+        on.append(h.sign())
+        z = affine.forward(h)
+    for affine, mask in zip(net.affines[:0:-1], on[::-1], strict=True):
+        rows = affine.transposed(rows) * mask
+    return z, net.affines[0].transposed(rows).view_as(x)
 
 
 def _keep_best(best: Attack, image: Tensor, adv: Tensor, margin: Tensor) -> None:

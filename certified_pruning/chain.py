@@ -7,6 +7,7 @@ folded into the affine map before it, in float64, and only then cast. (Spec c.1;
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -86,12 +87,12 @@ class ChainNet:
     def n_out(self) -> int:
         return prod(self.affines[-1].out_shape)
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Neurons of each ReLU layer."""
         return [prod(a.out_shape) for a in self.affines[:-1]]
 
-    @property
+    @cached_property
     def offsets(self) -> list[int]:
         """Number of the first neuron of each ReLU layer, then the number of all neurons."""
         total = [0]
@@ -101,7 +102,7 @@ class ChainNet:
 
     @property
     def n_neurons(self) -> int:
-        return sum(self.sizes)
+        return self.offsets[-1]
 
     @property
     def dtype(self) -> torch.dtype:

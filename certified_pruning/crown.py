@@ -55,7 +55,7 @@ def crown_intermediate(
     x_ub: Tensor,
     refine_iters: int = 0,
     intersect: bool = True,
-    max_elements: int = 1 << 21,
+    max_elements: int = 1 << 18,
 ) -> PreBounds:
     """Bounds of all ReLU inputs: interval bounds, tightened by CROWN where they leave a neuron unstable.
 

@@ -1,7 +1,8 @@
 """Verify every round of a finished chain: python certified_pruning/eval.py --folder runs/certified_pruning/imp-seed0
 
 Writes eval.json into the run's folder: per round, on the first images of the test split, clean, attacked and verified
-accuracy, bound tightness and branch-and-bound effort; on validation images what a round is chosen by.
+accuracy, bound tightness and branch-and-bound effort; on validation images what a round is chosen by. Pruned channels
+are removed first, so that the small network is what is verified.
 """
 
 from collections.abc import Callable
@@ -13,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from certified_pruning.chain import ChainNet
+from certified_pruning.compress import compress_channels
 from certified_pruning.crown import crown_intermediate
-from certified_pruning.ibp import input_box
+from certified_pruning.ibp import ibp, input_box, margin_spec
 from certified_pruning.settings import Config
 from certified_pruning.train import accuracy, network
 from certified_pruning.verdicts import VerifyReport
 from certified_pruning.verifier import CompleteVerifier
 from common.config import ConfigError, command, parse, require
 from common.config import load as load_config
-from common.data import ImageSet, load, pixels
+from common.data import ImageSet, in_order, load, pixels
 from common.runs import CheckpointError, load_checkpoint, read_json, write_json
 
 Metrics = dict[str, Any]
@@ -41,6 +43,8 @@ class EvalArguments:
 def evaluate(folder: Path, progress: Callable[[float], None] | None = None) -> list[Metrics]:
     """Metrics of each round of the finished run in `folder`, from its tickets; kept in eval.json and read from there.
 
+    Rounds before eval.first_round are left out.
+
     Args:
         folder: of the run.
         progress: called with the finished fraction in [0, 1].
@@ -57,7 +61,8 @@ def evaluate(folder: Path, progress: Callable[[float], None] | None = None) -> l
     splits = load(config.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = network(config, splits.train).to(device)
-    for round_number in range(len(finished), config.prune.rounds):
+    first, rounds = config.eval.first_round, config.prune.rounds
+    for round_number in range(first + len(finished), rounds):
         path = folder / "tickets" / f"{round_number}.pt"
         ticket = load_checkpoint(path)
         try:
@@ -67,9 +72,9 @@ def evaluate(folder: Path, progress: Callable[[float], None] | None = None) -> l
 
         def within_round(fraction: float, done: int = len(finished)) -> None:
             if progress is not None:
-                progress((done + fraction) / config.prune.rounds)
+                progress((done + fraction) / (rounds - first))
 
-        metrics = evaluate_network(model, splits.val, splits.test, config, within_round)
+        metrics = evaluate_network(compress_channels(model), splits.val, splits.test, config, within_round)
         finished.append({"density": ticket["density"], **metrics})
         write_json(folder / "eval.json", finished)
     return finished
@@ -90,29 +95,54 @@ def evaluate_network(
         "val_accuracy": val_accuracy,
         "test_accuracy": test_accuracy,
         "val_verified": val_report.verified_accuracy,
+        "val_ibp_verified": ibp_verified(model, val, config),
         "verified": report.verified_accuracy,
+        "ibp_verified": ibp_verified(model, test, config),
         "falsified": 100 * report.counts["falsified"] / images,
         "unknown": 100 * report.counts["unknown"] / images,
         "alpha_verified": 100 * sum(report.stages.get(f"verified/{s}", 0) for s in ("ibp", "crown", "alpha")) / images,
         "nodes": report.nodes,
         "seconds": sum(verdict.seconds for verdict in report.images),
-        "unstable": unstable_ratio(model, _first(test, config)[0].to(device), config),
+        **stability(model, _first(test, config)[0].to(device), config),
     }
 
 
 @torch.no_grad()
-def unstable_ratio(model: nn.Module, raw: Tensor, config: Config) -> float:
-    """Share of (image, ReLU) pairs whose CROWN bounds on the box of radius eps contain 0 (|bound| <= 1e-5 counts as 0).
+def stability(model: nn.Module, raw: Tensor, config: Config) -> dict[str, float]:
+    """How much the ReLUs of a network loosen its bounds on the box of radius eps, by CROWN bounds [l, u].
 
     Args:
         model: in eval mode.
         raw: pixels in [0, 1], (batch, channels, height, width).
         config: eps and normalisation.
+
+    Returns:
+        unstable: share of (image, ReLU) pairs with l < 0 < u (a bound within 1e-5 of 0 counts as 0).
+        gap_1, gap_2, ...: of each ReLU layer the mean of -l u / (u - l), the largest distance between ReLU and the
+        upper line of its triangle; 0 for a stable ReLU.
     """
     net = ChainNet.from_module(model, tuple(raw.shape[1:]))
     bounds = crown_intermediate(net, *input_box(raw, config.train.eps, config.model.mean, config.model.std))
     unstable = sum(int(((lower < -1e-5) & (upper > 1e-5)).sum()) for lower, upper in bounds)
-    return unstable / sum(lower.numel() for lower, _ in bounds)
+    found = {"unstable": unstable / sum(lower.numel() for lower, _ in bounds)}
+    for number, (lower, upper) in enumerate(bounds, start=1):
+        area = -lower.clamp(max=0) * upper.clamp(min=0)
+        found[f"gap_{number}"] = float((area / (upper - lower).clamp(min=1e-12)).mean())
+    return found
+
+
+@torch.no_grad()
+def ibp_verified(model: nn.Module, data: ImageSet, config: Config) -> float:
+    """Percent of *all* images of a split that interval bounds alone verify: what certified training is for."""
+    assert isinstance(data.images, Tensor)
+    device = next(model.parameters()).device
+    net = ChainNet.from_module(model, tuple(data.images.shape[1:]))
+    verified = 0
+    for images, labels in in_order(data, 500):
+        box = input_box(pixels(images.to(device)), config.train.eps, config.model.mean, config.model.std)
+        margins = ibp(net, *box, C=margin_spec(labels.to(device), data.classes)[0]).out[0]
+        verified += int((margins > 0).all(dim=1).sum())
+    return 100 * verified / max(len(data), 1)
 
 
 def _first(split: ImageSet, config: Config) -> tuple[Tensor, Tensor]:
@@ -143,7 +173,8 @@ def main() -> None:
             bar.update(fraction - bar.n)
 
         rounds = evaluate(Path(arguments.folder), show)
-    for number, metrics in enumerate(rounds):
+    first = load_config(Config, Path(arguments.folder) / "config.yaml").eval.first_round
+    for number, metrics in enumerate(rounds, first):
         print(
             f"round {number}: density {metrics['density']:.4f}, test {metrics['test_accuracy']:.1f} %, verified "
             f"{metrics['verified']:.0f} %, falsified {metrics['falsified']:.0f} %, unknown {metrics['unknown']:.0f} %, "

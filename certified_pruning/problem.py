@@ -12,7 +12,7 @@ from certified_pruning.alpha_beta import ascend
 from certified_pruning.branching import babsr, kfsb, kfsb_candidates
 from certified_pruning.chain import ChainNet
 from certified_pruning.frontier import Domains
-from certified_pruning.rows import Relaxation, RowBatch, Splits
+from certified_pruning.rows import Relaxation, RowBatch, Splits, rows_at_once
 from certified_pruning.verdicts import VerifyConfig
 
 
@@ -119,7 +119,7 @@ class Problem:
 
         def evaluate(rows: Tensor, neurons: Tensor) -> tuple[Tensor, Tensor]:
             bounds = []
-            for part in torch.arange(len(rows), device=rows.device).split(self.config.max_rows):
+            for part in torch.arange(len(rows), device=rows.device).split(rows_at_once(self.net) // 2):
                 children = parents[rows[part]].children(neurons[part])
                 batch = self._batch(children, children.splits)
                 bounds.append(batch.bound(self._unpack(children, batch)))

@@ -1,17 +1,27 @@
-"""Which weights a lottery round prunes: a score for every prunable weight, the lowest go (spec c.6).
+"""Which weights a lottery round prunes: a score for every convolution weight, the lowest go (spec c.6).
 
-Only convolution weights are prunable, all convolutions, the first one included; masks are nested and counts exact.
+    magnitude    |w|                IMP, and IMP+NRS, whose training is regularised
+    saliency     |w dL/dw|          SNIP and Taylor: dL/dmask = w dL/dw, so the two are one criterion
+    random       uniform            `common.masks.random_scores`
+    HYDRA        learned            hydra.py
+
+Masks are nested, counts exact. Biases, batch norms and linear layers are never pruned; the first convolution is.
 """
 
-from typing import Literal
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from certified_pruning.errors import EmptyLayerError
-from common.masks import Masks, keep_top, prunable_weights, random_scores
+from common import distributed
+from common.masks import Masks, keep_top, keep_top_per_layer, prunable_weights, saliency_scores
 
-Criterion = Literal["magnitude", "random"]
+Keep = int | Mapping[str, int]
+"""Entries to keep: in all layers together, or by layer."""
 
 
 def dense_masks(model: nn.Module) -> Masks:
@@ -19,32 +29,70 @@ def dense_masks(model: nn.Module) -> Masks:
     return Masks.ones_like(prunable_weights(model, (nn.Conv2d,)))
 
 
-def prune(model: nn.Module, masks: Masks, rate: float, criterion: Criterion, generator: torch.Generator) -> Masks:
-    """The masks after one more round: round(rate * kept) of the kept weights go, over all layers together.
-
-    Args:
-        model: the trained network; its current weights are ranked.
-        masks: of the round just trained.
-        rate: share of the remaining weights to remove, in [0, 1).
-        criterion: "magnitude" ranks |w| (IMP), "random" draws uniform scores.
-        generator: CPU generator of the random scores.
+def keep_of_rate(masks: Masks, rate: float, per_layer: bool = False) -> Keep:
+    """What is kept when `rate` of the kept weights go: round(rate * kept), half to even, as torch.nn.utils.prune.
 
     Raises:
-        ValueError: rate outside [0, 1), or a criterion that is not known.
-        EmptyLayerError: if a layer would lose its last weight.
+        ValueError: rate outside [0, 1).
     """
     if not 0 <= rate < 1:
         raise ValueError(f"rate must be in [0, 1), got {rate}")
-    weights = prunable_weights(model, (nn.Conv2d,))
-    if criterion == "magnitude":
-        scores = {name: weight.detach().abs() for name, weight in weights.items()}
-    elif criterion == "random":
-        scores = random_scores(weights, generator)
-    else:
-        raise ValueError(f"criterion must be magnitude or random, got {criterion!r}")
-    # round() is half to even, the count of torch.nn.utils.prune
-    pruned = keep_top(scores, masks.kept - round(rate * masks.kept), within=masks)
+    if per_layer:
+        return {name: int(mask.sum()) - round(rate * int(mask.sum())) for name, mask in masks.items()}
+    return masks.kept - round(rate * masks.kept)
+
+
+def keep_of_remain(sizes: Mapping[str, int], remain: float, per_layer: bool = False) -> Keep:
+    """What is kept when the share `remain` of all entries stays: int((1 - remain) * entries) go.
+
+    Args:
+        sizes: entries of each layer.
+        remain: in (0, 1].
+
+    Raises:
+        ValueError: remain outside (0, 1].
+    """
+    if not 0 < remain <= 1:
+        raise ValueError(f"remain must be in (0, 1], got {remain}")
+    if per_layer:
+        return {name: size - int((1 - remain) * size) for name, size in sizes.items()}
+    total = sum(sizes.values())
+    return total - int((1 - remain) * total)
+
+
+def prune_weights(scores: Mapping[str, Tensor], masks: Masks, keep: Keep) -> Masks:
+    """Nested masks that keep the highest scores: `keep` over all layers together, or keep[name] of each layer.
+
+    Args:
+        scores: of every entry, by parameter name.
+        masks: of the round just trained; what they prune stays pruned.
+        keep: see `keep_of_rate` and `keep_of_remain`.
+
+    Raises:
+        EmptyLayerError: if a layer would lose its last weight.
+        ValueError: NaN in a score, or more to keep than there is.
+    """
+    pruned = keep_top(scores, keep, masks) if isinstance(keep, int) else keep_top_per_layer(scores, keep, masks)
     for name, mask in pruned.items():
         if not mask.any():
             raise EmptyLayerError(name)
     return pruned
+
+
+def magnitude(model: nn.Module) -> dict[str, Tensor]:
+    """|w| of every convolution weight."""
+    return {name: weight.detach().abs() for name, weight in prunable_weights(model, (nn.Conv2d,)).items()}
+
+
+def saliency(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+    """|w dL/dw| of every convolution weight, on one batch and with batch norm in train mode (SNIP, Taylor).
+
+    Args:
+        model: not changed; masked weights are 0, so they score 0.
+        loss: of a network on this rank's share of the batch; gradients are averaged over the ranks.
+    """
+    probe = copy.deepcopy(model).train()
+    weights = prunable_weights(probe, (nn.Conv2d,))
+    gradients = list(torch.autograd.grad(loss(probe), list(weights.values())))
+    distributed.average_(gradients)
+    return saliency_scores(weights, gradients)

@@ -10,6 +10,9 @@ from common.data import DataConfig
 from common.runs import RunConfig
 from common.study import StudyConfig
 
+Regime = Literal["standard", "fgsm", "fgsm_gradalign", "crown_ibp", "fast_ibp"]
+Method = Literal["imp", "random", "snip", "taylor", "hydra", "imp+nrs", "slim", "refill", "nrs", "l1-channel"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -34,19 +37,22 @@ class ModelConfig:
 class TrainConfig:
     """How each lottery round is trained."""
 
-    regime: Literal["standard", "fgsm", "fgsm_gradalign"] = "fgsm"
-    """fgsm starts at random in the box; fgsm_gradalign is the paper's"""
+    regime: Regime = "fgsm"
+    """fgsm starts at random in the box; fgsm_gradalign and crown_ibp are the paper's"""
     eps: float = 0.1
     """radius of the L-inf box in pixel units"""
     epochs: int = 5
     batch_size: int = 64
     """over all ranks together"""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """adam has the paper's momenta, 0.9 and 0.999, and an L2 term as weight decay"""
     lr: float = 0.05
     warmup: float = 0.1
     """share of the steps over which lr rises; then it falls to 0 in a straight line"""
     milestones: list[int] = field(default_factory=list)
     """epochs after which lr is divided by 10; given, they replace warm-up and decay"""
     momentum: float = 0.9
+    """of sgd"""
     weight_decay: float = 5e-4
     clip: float = 8.0
     """largest gradient norm"""
@@ -59,7 +65,11 @@ class TrainConfig:
     gradalign: float = 0.2
     """weight of gradient alignment in fgsm_gradalign"""
     nrs: float = 0.05
-    """weight of the stability regulariser, for pruning methods with +nrs"""
+    """weight of the stability regulariser, for the methods imp+nrs and nrs"""
+    slim: float = 1.0e-4
+    """weight of the mean batch-norm scale, for the method slim"""
+    loss_fusion: bool = True
+    """crown_ibp bounds the sum of exponentials at once instead of every margin"""
 
     def __post_init__(self) -> None:
         require(0 <= self.eps <= 1, "train.eps", self.eps, "in [0, 1]")
@@ -73,22 +83,47 @@ class TrainConfig:
         require(0 <= self.eps_ramp <= 1, "train.eps_ramp", self.eps_ramp, "in [0, 1]")
         require(self.gradalign >= 0, "train.gradalign", self.gradalign, "at least 0")
         require(self.nrs >= 0, "train.nrs", self.nrs, "at least 0")
+        require(self.slim >= 0, "train.slim", self.slim, "at least 0")
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """The lottery: train, prune, rewind to the initial weights, again."""
+    """The lottery: train, prune, rewind, again."""
 
-    method: Literal["imp", "random", "imp+nrs"] = "imp"
-    """imp: global magnitude; +nrs adds the stability regulariser to training"""
+    method: Method = "imp"
+    """of weights: imp, random, snip, taylor, hydra, imp+nrs; of channels: slim, refill, nrs, l1-channel"""
     rate: float = 0.5
-    """share of the remaining convolution weights that a round prunes"""
+    """share of the remaining convolution weights (or channels) that a round prunes"""
     rounds: int = 5
     """trained levels, the dense one included"""
+    prune_type: Literal["lt", "rewind_lt", "pt", "finetune"] = "lt"
+    """a round starts from: lt the initial weights; rewind_lt those of epoch rewind_epoch of round 0; pt those that
+    round 0 ends with; finetune what the round before ended with"""
+    rewind_epoch: int = 8
+    """of rewind_lt"""
+    at_init: bool = False
+    """one-shot: prune the initial weights by rate, then train the one round there is (snip, taylor)"""
+    scope: Literal["global", "layer"] = "global"
+    """one threshold for all layers, or one a layer; hydra and l1-channel always have one a layer"""
+    min_channels: int = 0
+    """1: pruning channels spares the best one of each layer; 0: an emptied layer is an error"""
+    imp_rate: float = 0.2
+    """refill: share of weights that a magnitude step removes before filters are ranked"""
+    search_epochs: int = 20
+    """hydra: length of the search for scores"""
+    search_lr: float = 0.01
+    """hydra: learning rate of the search; 0.001 in the released certified training"""
 
     def __post_init__(self) -> None:
         require(0 < self.rate < 1, "prune.rate", self.rate, "in (0, 1)")
         require(self.rounds >= 1, "prune.rounds", self.rounds, "at least 1")
+        require(self.rewind_epoch >= 1, "prune.rewind_epoch", self.rewind_epoch, "at least 1")
+        once = not self.at_init or (self.rounds == 1 and self.prune_type == "lt" and self.method in ("snip", "taylor"))
+        require(once, "prune.at_init", self.at_init, "with method snip or taylor, rounds 1 and prune_type lt")
+        require(self.min_channels in (0, 1), "prune.min_channels", self.min_channels, "0 or 1")
+        require(0 <= self.imp_rate < 1, "prune.imp_rate", self.imp_rate, "in [0, 1)")
+        require(self.search_epochs >= 1, "prune.search_epochs", self.search_epochs, "at least 1")
+        require(self.search_lr > 0, "prune.search_lr", self.search_lr, "positive")
 
 
 @dataclass(frozen=True)
@@ -99,23 +134,43 @@ class EvalConfig:
     """verified images of the validation and of the test split, the first ones"""
     val_root_steps: int = 10
     """alpha-CROWN steps on validation images, without branch and bound"""
+    first_round: int = 0
+    """rounds before this one are not verified; 1 where another chain of the study verifies the same dense net"""
 
     def __post_init__(self) -> None:
+        require(self.first_round >= 0, "eval.first_round", self.first_round, "at least 0")
         require(self.images >= 1, "eval.images", self.images, "at least 1")
         require(self.val_root_steps >= 0, "eval.val_root_steps", self.val_root_steps, "at least 0")
 
 
 @dataclass(frozen=True)
-class PruningStudy(StudyConfig):
-    """The study: every method at every seed."""
+class StudyCell:
+    """One chain of the study at every seed: what differs from the configuration; null takes the configuration's."""
 
-    methods: list[str] = field(default_factory=lambda: ["imp", "random", "imp+nrs"])
-    """pruning methods to compare; imp's first level is the dense reference"""
+    method: Method = "imp"
+    regime: Regime | None = None
+    eps: float | None = None
+    epochs: int | None = None
+    eps_start: int | None = None
+    eps_length: int | None = None
+    rate: float | None = None
+    rounds: int | None = None
+    first_round: int | None = None
+    at_init: bool | None = None
+
+
+@dataclass(frozen=True)
+class PruningStudy(StudyConfig):
+    """The study: every cell at every seed."""
+
+    cells: list[StudyCell] = field(
+        default_factory=lambda: [StudyCell("imp"), StudyCell("random"), StudyCell("imp+nrs")]
+    )
+    """chains to compare; of each regime imp's first level is the dense reference"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = set(self.methods) - {"imp", "random", "imp+nrs"}
-        require(not unknown and "imp" in self.methods, "study.methods", self.methods, "imp and any of random, imp+nrs")
+        require(len(self.cells) > 0, "study.cells", self.cells, "at least one cell")
 
 
 @dataclass(frozen=True)
@@ -135,3 +190,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
+        rewinds = self.prune.prune_type != "rewind_lt" or self.prune.rewind_epoch <= self.train.epochs
+        require(rewinds, "prune.rewind_epoch", self.prune.rewind_epoch, f"at most train.epochs, {self.train.epochs}")
+        verified = self.eval.first_round < self.prune.rounds
+        require(verified, "eval.first_round", self.eval.first_round, f"below prune.rounds, {self.prune.rounds}")

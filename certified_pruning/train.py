@@ -1,6 +1,6 @@
 """Train one chain of lottery rounds: python certified_pruning/train.py --config certified_pruning/configs/demo.yaml
 
-Round k trains the initial weights under mask k, keeps the result as tickets/<k>.pt, prunes it to mask k + 1, rewinds.
+Round k trains its start weights under mask k, keeps the result as tickets/<k>.pt, prunes it to mask k + 1, rewinds.
 Data-parallel: torchrun --nproc_per_node=N certified_pruning/train.py --config ...
 """
 
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from certified_pruning.channel_pruners import density
 from certified_pruning.eps_schedule import LinearEps, SmoothedEps
-from certified_pruning.fgsm import fgsm_gradalign_loss, fgsm_random_start_loss, standard_loss
+from certified_pruning.fast_ibp import fast_ibp_init_
+from certified_pruning.lottery import initial_masks, next_masks
 from certified_pruning.models import build_model
-from certified_pruning.nrs import nrs_loss
-from certified_pruning.pruners import Criterion, dense_masks, prune
+from certified_pruning.objective import normalizer, robust_loss
 from certified_pruning.settings import Config
-from certified_pruning.train_ibp import pixel_box
 from common import distributed
 from common.config import ConfigError, command, parse, require
 from common.data import ImageSet, Splits, batches, in_order, load, pixels, steps_per_epoch
@@ -42,6 +42,8 @@ def train(config: Config, folder: Path, progress: Callable[[float], None] | None
         steps = config.train.epochs * steps_per_epoch(splits.train, config.train.batch_size)
         seed_everything(config.seed)
         model = network(config, splits.train).to(device)
+        if config.train.regime == "fast_ibp":
+            fast_ibp_init_(model)
         total = steps * config.prune.rounds
         run = Run(folder, config, total_steps=total, checkpoint_every=config.run.checkpoint_every, progress=progress)
         if run.finished:
@@ -57,7 +59,7 @@ class Chain:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     masks: Masks
-    initial: dict[str, Tensor]  # the weights every round starts from
+    initial: dict[str, Tensor]  # the weights a round starts from
     levels: list[dict[str, float]]  # finished rounds
     position: int = 0  # finished steps, over all rounds
 
@@ -77,14 +79,17 @@ class Chain:
 def _rounds(config: Config, run: Run, splits: Splits, model: nn.Module, steps: int) -> dict[str, Any]:
     device = next(model.parameters()).device
     initial = copy.deepcopy(model.state_dict())
-    chain = Chain(model, _optimizer(config, model), dense_masks(model), initial, levels=[])
+    chain = Chain(model, _optimizer(config, model), initial_masks(config, model), initial, levels=[])
     if saved := run.restore():
         chain.load(saved)
+    elif config.prune.at_init:
+        chain.masks = next_masks(config, model, chain.masks, 0, splits.train)
     per_epoch = steps // config.train.epochs
 
     for level in range(len(chain.levels), config.prune.rounds):
         if chain.position == level * steps:
-            model.load_state_dict(chain.initial)
+            if config.prune.prune_type != "finetune":
+                model.load_state_dict(chain.initial)
             chain.optimizer = _optimizer(config, model)
         detach = chain.masks.attach(model, chain.optimizer)
         stream = batches(splits.train, config.train.batch_size, config.data, seed=config.seed, step=chain.position)
@@ -100,20 +105,23 @@ def _rounds(config: Config, run: Run, splits: Splits, model: nn.Module, steps: i
             chain.optimizer.param_groups[0]["lr"] = learning_rate(config, step % steps, steps)
             chain.optimizer.step()
             chain.position = step + 1
+            if config.prune.prune_type == "rewind_lt" and chain.position == config.prune.rewind_epoch * per_epoch:
+                chain.initial = copy.deepcopy(model.state_dict())
             if chain.position % per_epoch == 0:
                 correct = (logits.argmax(1) == labels).float().mean().item()
                 values = {"loss": distributed.mean(loss.item()), "accuracy": 100 * distributed.mean(correct)}
                 run.log(chain.position, "train", epoch=chain.position // per_epoch, **values)
         detach()
-        level_metrics = {"density": chain.masks.density, "val_accuracy": accuracy(model, splits.val, config, device)}
+        if config.prune.prune_type == "pt" and level == 0:
+            chain.initial = copy.deepcopy(model.state_dict())
+        level_metrics = {"density": density(chain.masks), "val_accuracy": accuracy(model, splits.val, config, device)}
         run.log(chain.position, "val", **level_metrics)
         chain.levels.append(level_metrics)
         if run.writes:
-            ticket = {"model": model.state_dict(), "masks": chain.masks.state_dict(), "density": chain.masks.density}
+            ticket = {"model": model.state_dict(), "masks": chain.masks.state_dict(), **level_metrics}
             save_checkpoint(run.folder / "tickets" / f"{level}.pt", ticket)
         if level + 1 < config.prune.rounds:
-            criterion: Criterion = "random" if config.prune.method == "random" else "magnitude"
-            chain.masks = prune(model, chain.masks, config.prune.rate, criterion, generator(config.seed, level))
+            chain.masks = next_masks(config, model, chain.masks, level, splits.train)
     run.finish({"levels": chain.levels})
     return {"levels": chain.levels}
 
@@ -130,12 +138,6 @@ def network(config: Config, data: ImageSet) -> nn.Module:
         return build_model(config.model.name, channels, size, data.classes, config.model.channels or None)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
-
-
-def normalizer(config: Config) -> Callable[[Tensor], Tensor]:
-    """Map from pixels in [0, 1] to the network's inputs."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.model.mean, config.model.std))
-    return lambda raw: (raw - mean.to(raw)) / std.to(raw)
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:
@@ -160,28 +162,17 @@ def accuracy(model: nn.Module, data: ImageSet, config: Config, device: torch.dev
 
 def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     train = config.train
+    if train.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), train.lr, weight_decay=train.weight_decay)
     return torch.optim.SGD(model.parameters(), train.lr, train.momentum, weight_decay=train.weight_decay)
 
 
 def _loss(
     config: Config, model: nn.Module, raw: Tensor, labels: Tensor, step: int, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """The regime's loss and logits of this rank's images; random draws are slices of one draw for the global batch."""
-    train, normalize = config.train, normalizer(config)
-    shape = (len(raw) * distributed.world_size(), *raw.shape[1:])
-    start = distributed.shard(torch.rand(shape, generator=generator(config.seed, 1, step)) * 2 - 1).to(raw)
+    """Loss and logits of this rank's images in step `step` of the chain."""
     eps = _eps(config, steps)(step % steps)
-    if train.regime == "standard":
-        loss, logits = standard_loss(model, raw, labels, normalize)
-    elif train.regime == "fgsm":
-        loss, logits = fgsm_random_start_loss(model, raw, labels, eps, normalize, uniform_start=eps * start)
-    else:
-        lam = train.gradalign
-        loss, logits = fgsm_gradalign_loss(model, raw, labels, eps, normalize, lam, uniform_start=eps * start)
-    if config.prune.method.endswith("+nrs"):
-        stability, _ = nrs_loss(model, *pixel_box(raw, train.eps, normalize))
-        loss = loss + train.nrs * stability
-    return loss, logits
+    return robust_loss(config, model, raw, labels, eps, generator(config.seed, 1, step))
 
 
 def _eps(config: Config, steps: int) -> LinearEps | SmoothedEps:

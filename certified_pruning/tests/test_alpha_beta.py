@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from certified_pruning import rows
 from certified_pruning.alpha_beta import gradient, optimize_alpha_beta
 from certified_pruning.chain import ChainNet
 from certified_pruning.crown import crown_intermediate, crown_lower
@@ -40,9 +41,9 @@ def test_alpha_moves_off_its_corners_and_improves_on_crown() -> None:
     result = optimize_alpha_beta(net, data["spec"], *box, pre, steps=20)
     gain = result.lb - crown_lower(net, data["spec"], *box, pre)
     unstable = torch.cat([(lower < 0) & (upper > 0) for lower, upper in pre], 1).repeat_interleave(3, 0)
-    rows = unstable.any(1).view_as(gain)
+    some = unstable.any(1).view_as(gain)
     assert bool((gain >= 0).all())
-    assert (gain[rows] > 1e-5).double().mean() >= 0.5
+    assert (gain[some] > 1e-5).double().mean() >= 0.5
     inner = (result.alpha > 0.01) & (result.alpha < 0.99)
     assert inner[unstable].any() and not inner[~unstable].any()
 
@@ -163,6 +164,28 @@ def test_rows_that_leave_early_do_not_change_the_others() -> None:
     assert below.any() and not below.all()
     assert torch.allclose(early.lb[below], full.lb[below], atol=1e-5)
     assert bool((early.lb[~below] > threshold).all())
+
+
+def test_rows_worked_on_a_few_at_a_time_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, net, pre = load("bounds_conv")
+    cases, image = data["split_cases"], data["split_cases"][:, 0]
+    arguments = net, data["spec"][image, cases[:, 1]], data["x_lb"], data["x_ub"], pre
+    splits = Splits(cases[:, 2:7], cases[:, 7:12])
+    whole = optimize_alpha_beta(*arguments, splits, steps=10, image=image)
+    monkeypatch.setattr(rows, "CACHED", 0)
+    assert len(cases) > rows.rows_at_once(net) == 16
+    parts = optimize_alpha_beta(*arguments, splits, steps=10, image=image)
+    assert torch.allclose(parts.lb, whole.lb, atol=1e-5) and torch.allclose(parts.alpha, whole.alpha, atol=1e-3)
+    assert parts.beta is not None and whole.beta is not None
+    assert torch.allclose(parts.beta, whole.beta, atol=1e-3)
+    assert torch.allclose(parts.relu_coef, whole.relu_coef, atol=1e-3)
+    assert parts.x_star.shape == whole.x_star.shape
+
+
+def test_below_zero_chooses_an_end_of_lerp_exactly() -> None:
+    t = torch.tensor([-2.0, -1e-38, -0.0, 0.0, 1e-38, 3.0])
+    a, b = torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.lerp(a, b, rows.below_zero(t)), torch.where(t < 0, b, a))
 
 
 def test_x_star_is_a_corner_that_minimises_the_last_linear_bound() -> None:

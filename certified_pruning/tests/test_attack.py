@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from certified_pruning import attack
 from certified_pruning.attack import SignAdam, pgd_attack
 from certified_pruning.chain import ChainNet
 from certified_pruning.ibp import input_box
@@ -31,20 +32,20 @@ def test_attack_is_as_strong_as_the_reference() -> None:
     box = x - 0.05, x + 0.05
     clean = pgd_attack(model, x, y, *box, 0.0125, restarts=0)
     assert torch.allclose(clean.margin, data["margin_clean"], atol=1e-5)
-    attack = pgd_attack(model, x, y, *box, 0.0125, steps=20, random_start=False, early_stop=False)
-    assert bool((attack.margin <= data["margin_adv"] + 1e-3).all())
+    found = pgd_attack(model, x, y, *box, 0.0125, steps=20, random_start=False, early_stop=False)
+    assert bool((found.margin <= data["margin_adv"] + 1e-3).all())
 
 
 def test_reported_margins_belong_to_the_points_and_the_points_to_the_box() -> None:
     model = odd_net()
     x_lb, x_ub = input_box(images(ODD, 6), 0.1)
     y = model(images(ODD, 6)).argmax(1)
-    attack = pgd_attack(model, images(ODD, 6), y, x_lb, x_ub, 0.025, steps=10, restarts=2)
-    assert bool((attack.x_adv >= x_lb).all()) and bool((attack.x_adv <= x_ub).all())
-    logits = model(attack.x_adv).detach()
+    found = pgd_attack(model, images(ODD, 6), y, x_lb, x_ub, 0.025, steps=10, restarts=2)
+    assert bool((found.x_adv >= x_lb).all()) and bool((found.x_adv <= x_ub).all())
+    logits = model(found.x_adv).detach()
     true = logits.gather(1, y[:, None]).squeeze(1)
     other = logits.scatter(1, y[:, None], -float("inf")).amax(1)
-    assert torch.allclose(attack.margin, true - other, atol=1e-5)
+    assert torch.allclose(found.margin, true - other, atol=1e-5)
 
 
 def test_black_and_white_pixels_are_attacked() -> None:
@@ -54,9 +55,9 @@ def test_black_and_white_pixels_are_attacked() -> None:
     model[1].bias.data.copy_(torch.tensor([0.3, 0.0]))
     x = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     x_lb, x_ub = input_box(x, 0.1)
-    attack = pgd_attack(model, x, torch.tensor([0]), x_lb, x_ub, 0.025, steps=1, random_start=False)
-    assert torch.allclose(attack.x_adv, torch.tensor([[0.1, 0.1, 0.9, 0.9]]))
-    assert attack.margin.item() == pytest.approx(1.9, abs=1e-5)
+    found = pgd_attack(model, x, torch.tensor([0]), x_lb, x_ub, 0.025, steps=1, random_start=False)
+    assert torch.allclose(found.x_adv, torch.tensor([[0.1, 0.1, 0.9, 0.9]]))
+    assert found.margin.item() == pytest.approx(1.9, abs=1e-5)
 
 
 def test_early_stop_finds_the_same_victims_and_keeps_their_first_success() -> None:
@@ -87,10 +88,21 @@ def test_results_do_not_depend_on_the_other_images_or_the_chunks() -> None:
     assert torch.equal(again.x_adv, together.x_adv)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_gradient_of_a_chain_equals_that_of_autograd(seed: int) -> None:
+    net = ChainNet.from_module(odd_net(seed), ODD, torch.float64)
+    x = images(ODD, 6, seed).double()
+    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits, grad = attack._value_and_gradient(net, x, rows)
+    expected_logits, expected = attack._value_and_gradient(lambda x: net.forward(x), x, rows)
+    assert grad.shape == x.shape and expected.abs().max() > 1e-3
+    assert torch.allclose(logits, expected_logits, atol=1e-12) and torch.allclose(grad, expected, atol=1e-12)
+
+
 def test_no_images_give_no_margins() -> None:
     x = torch.zeros(0, *ODD)
-    attack = pgd_attack(odd_net(), x, torch.zeros(0, dtype=torch.long), x, x, 0.1)
-    assert attack.margin.shape == (0,)
+    found = pgd_attack(odd_net(), x, torch.zeros(0, dtype=torch.long), x, x, 0.1)
+    assert found.margin.shape == (0,)
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -51,6 +51,20 @@ def test_transposed_convolution_is_the_same_for_few_and_for_many_input_channels(
         assert torch.allclose(net.affines[0].transposed(rows), grads.flatten(1), atol=1e-12)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 8, 20])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(4, 2, 1), (3, 2, 1), (3, 3, 0), ((2, 4), (1, 2), (0, 1)), (3, 1, 1)]
+)
+def test_every_form_of_the_transposed_convolution_is_the_adjoint(kernel, stride, padding, channels: int) -> None:
+    """<y, conv(x)> = <conv^T(y), x>, with rows and columns that the stride never reaches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(channels, 5, kernel, stride, padding, bias=False)).eval()
+    op = ChainNet.from_module(model, (channels, 12, 11), torch.float64).affines[0].ops[0]
+    x = torch.randn(6, channels * 12 * 11, dtype=torch.float64)
+    y = torch.randn_like(op.linear(x))
+    assert torch.allclose((y * op.linear(x)).sum(1), (op.transposed(y) * x).sum(1), atol=1e-12)
+
+
 def test_scaled_output_scales_the_logits_only() -> None:
     net, x = ChainNet.from_module(small_conv(), (1, 6, 5)), torch.rand(2, 1, 6, 5)
     assert torch.equal(net.scale_output(0.25).forward(x), net.forward(x) / 4)

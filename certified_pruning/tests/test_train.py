@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from certified_pruning import eval as evaluation
+from certified_pruning import objective
 from certified_pruning import train as training
 from certified_pruning.settings import Config
 from certified_pruning.train import learning_rate, train
@@ -169,7 +170,7 @@ def test_every_round_ramps_eps_anew() -> None:
     there = config("--train.eps", 0.1, "--train.eps_ramp", 0.5)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "fgsm_random_start_loss", lambda *args, **_: (seen.append(args[3]), (None, None))[1])
+        patch.setattr(objective, "fgsm_random_start_loss", lambda *args, **_: (seen.append(args[3]), (None, None))[1])
         for step in (0, 3, 6, 11, 12, 15):
             training._loss(there, None, torch.zeros(2, 1, 4, 4), torch.zeros(2), step, 12)  # type: ignore[arg-type]
     assert seen[:4] == sorted(seen[:4]) and seen[3] == 0.1

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from certified_pruning import leaf_lp, problem
 from certified_pruning.attack import pgd_attack
+from certified_pruning.bench import SHAPE as BENCH_SHAPE
+from certified_pruning.bench import demo_net
 from certified_pruning.chain import ChainNet
 from certified_pruning.crown import crown_intermediate
 from certified_pruning.frontier import Domains, Frontier
@@ -126,6 +128,22 @@ def test_witnesses_are_true_and_verified_images_survive_a_strong_attack(seed: in
     box = input_box(x[keep], eps, *norm)
     attack = pgd_attack(model, ((x - mean) / std)[keep], y[keep], *box, eps / 4, steps=200, restarts=10)
     assert bool((attack.margin > 0).all())
+
+
+def test_verified_images_of_a_trained_net_survive_pgd_of_200_steps_and_10_starts() -> None:
+    eps = 0.1
+    model, x, y = demo_net(epochs=2, eps=eps)
+    x, y = x[:24], y[:24]
+    config = VerifyConfig(max_nodes=40, bab_steps=8, root_steps=8, pgd_restarts=0)
+    report = CompleteVerifier(model, BENCH_SHAPE, eps, 10, config).verify(x, y)
+    keep = torch.tensor([v.status == "verified" for v in report.images])
+    assert keep.sum() >= 5 and "bab" in {v.stage for v in report.images if v.status == "verified"}
+    net = ChainNet.from_module(model, BENCH_SHAPE)
+    found = pgd_attack(net, x[keep], y[keep], *input_box(x[keep], eps), eps / 4, steps=200, restarts=10)
+    assert bool((found.margin > 0).all())
+    # The attack is strong enough to mean something: it breaks images that are not verified.
+    found = pgd_attack(net, x[~keep], y[~keep], *input_box(x[~keep], eps), eps / 4, steps=20)
+    assert bool((found.margin < 0).any())
 
 
 def test_eps_zero_verifies_every_correct_image_at_the_first_stage() -> None:

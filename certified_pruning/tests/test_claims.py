@@ -1,0 +1,100 @@
+"""Facts about the claims: what each measures on a small table worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from certified_pruning.claims import best_sparse, claims
+from certified_pruning.figures import draw
+from common.claims import judge
+
+
+def row(
+    seed: int, method: str, number: int, verified: float, val: float, regime: str = "fgsm", **metrics: float
+) -> dict[str, Any]:
+    standard = {"test_accuracy": 97.0, "unstable": 0.5 - verified / 1000, "nodes": 1000 - 10 * verified, "gap_1": 0.1}
+    values = {"verified": verified, "val_verified": val, "ibp_verified": verified, "val_ibp_verified": val, **standard}
+    cell = {"regime": regime, "method": method, "round": number, "density": 0.5**number}
+    return {"cell": cell, "seed": seed, "metrics": {**values, **metrics}}
+
+
+def table() -> list[dict[str, Any]]:
+    rows = []
+    for seed, shift in ((0, 0.0), (1, 1.0), (2, -1.0)):
+        rows += [row(seed, "imp", 0, 50, 40), row(seed, "imp", 1, 60 + shift, 55), row(seed, "imp", 2, 70, 45)]
+        rows += [row(seed, "imp+nrs", 0, 52, 41), row(seed, "imp+nrs", 1, 64 + 2 * shift, 60)]
+        rows += [row(seed, "imp+nrs", 2, 72, 59)]
+        rows += [row(seed, "random", 1, 62, 58), row(seed, "slim", 1, 50 + 9 * shift, 30)]
+        rows += [row(seed, "imp", 0, 30, 9, "standard"), row(seed, "imp", 1, 28 + shift, 9, "standard")]
+        rows += [row(seed, "imp", 0, 70, 9, "crown_ibp"), row(seed, "imp", 1, 75 + shift, 9, "crown_ibp")]
+    return rows
+
+
+def judged() -> dict[str, dict[str, Any]]:
+    return {claim["id"]: claim for claim in judge(claims(100), table())}
+
+
+@pytest.mark.parametrize(
+    ("claim", "values", "verdict"),
+    [
+        ("C1", [14, 16, 12], "held"),  # IMP+NRS, round 1, is best on validation, and not round 2 of test
+        ("C2", [-2, -1, -3], "not held"),
+        ("C3", [0.75, 0.75, 0.75], "held"),  # all but slim, whose gains 0, 9, -9 bound nothing
+        ("C4a", [3, 3.5, 2.5], "held"),
+        ("C4b", [2, 4, 0], "inconclusive"),  # random, chosen on validation too, verifies 62
+        ("C6a", [-0.014, -0.016, -0.012], "held"),
+        ("C6b", [-140, -160, -120], "held"),
+        ("C6c", [-1, -1, -1], "held"),
+        ("C7", [5, 6, 4], "held"),
+    ],
+)
+def test_claims_measure_what_they_say(claim: str, values: list[float], verdict: str) -> None:
+    found = judged()[claim]
+    assert found["values"] == pytest.approx(values)
+    assert found["verdict"] == verdict
+
+
+def test_a_ticket_must_hold_in_every_seed() -> None:
+    assert judged()["C5"]["verdict"] == "held"
+    rows = table()
+    for each in rows:
+        if each["seed"] == 1 and each["cell"]["method"] == "imp" and each["cell"]["round"] == 2:
+            each["metrics"]["test_accuracy"] = 95.0  # round 1 is a ticket in all seeds still
+    assert {claim["id"]: claim for claim in judge(claims(100), rows)}["C5"]["values"] == [1, 1, 1]
+    for each in rows:
+        if each["seed"] == 2 and each["cell"]["method"] == "imp" and each["cell"]["round"] == 1:
+            each["metrics"]["verified"] = 49.0
+    assert sorted({claim["id"]: claim for claim in judge(claims(100), rows)}["C5"]["values"]) == [0, 1, 1]
+
+
+def test_of_two_adversarial_regimes_the_claims_judge_the_first() -> None:
+    more = [row(seed, "imp", number, 99 * number, 0, "fgsm_gradalign") for seed in range(3) for number in range(2)]
+    assert judge(claims(100), [*more, *table()]) == judge(claims(100), table())
+
+
+def test_levels_are_chosen_on_validation_and_of_equals_the_sparsest() -> None:
+    rows = [row(0, "imp", 1, 90, 10), row(0, "imp", 2, 20, 30), row(0, "imp", 3, 10, 30)]
+    assert best_sparse(rows)["cell"]["round"] == 3
+
+
+def test_claims_without_their_rows_are_inconclusive() -> None:
+    only_dense = [each for each in table() if each["cell"]["round"] == 0]
+    of_dense = {claim["id"]: claim["verdict"] for claim in judge(claims(None), only_dense)}
+    del of_dense["C6c"]  # a correlation over whatever nets there are
+    assert set(of_dense.values()) == {"inconclusive"}
+    assert {claim["verdict"] for claim in judge(claims(None), [])} == {"inconclusive"}
+
+
+def test_the_budget_of_nodes_stands_in_the_statements_about_verified_accuracy() -> None:
+    stated = [claim.id for claim in claims(100) if "at most 100 nodes an image" in claim.statement]
+    assert stated == ["C1", "C2", "C3", "C4a", "C4b", "C5", "C6b"]
+
+
+def test_figures_show_dense_nets_that_were_verified_in_another_chain() -> None:
+    figures = draw(table())
+    assert set(figures) == {"levels", "instability", "gaps", "regimes"}
+    curves = {line.get_label(): line for line in figures["levels"].axes[0].containers}
+    assert [len(curves[name].lines[0].get_xdata()) for name in ("imp", "random", "slim")] == [3, 2, 1]
+    assert curves["random"].lines[0].get_ydata()[0] == 50
