@@ -7,7 +7,7 @@ SEEDS ?=
 ARGS ?=
 
 BIN := .venv/bin
-PAPERS := certified-pruning
+PAPERS := certified-pruning vit-antioversmooth
 comma := ,
 empty :=
 space := $(empty) $(empty)
@@ -46,7 +46,7 @@ lint: .venv/ready  ## ruff, mypy and the import rules only
 	@$(BIN)/lint-imports --no-cache
 
 bench: .venv/ready  ## efficient forms against plain ones, as ratios
-	@for script in */benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@status=0; for script in */benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; exit $$status
 
 report: .venv/ready  ## write the HTML reports again from the committed results
 	@for results in */results/*.json; do $(BIN)/python -m common.claims $$results || exit 1; done

@@ -401,8 +401,8 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> 
 
 def test_the_lock_is_free_after_leaving(tmp_path: Path) -> None:
     for _ in range(2):
-        with open_run(tmp_path / "run"):
-            pass
+        with open_run(tmp_path / "run") as run:
+            assert run.restore() is None
 
 
 def test_another_configuration_is_refused_by_key_with_old_and_new_value(tmp_path: Path) -> None:

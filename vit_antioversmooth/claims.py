@@ -1,0 +1,327 @@
+"""The paper's claims over the rows of the study (arXiv 2203.05962; spec b and i).
+
+A row is one network: cell {arm}, seed, metrics. Arms of one seed share initial weights, order and augmentation, so
+differences are paired. The -control arms have as many equally fast parameters but scale all frequencies alike: only
+what a method does beyond its control is an effect of frequency.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from common.claims import Claim, Rows
+from vit_antioversmooth.cost import PAPER_COUNTS
+
+Metrics = Mapping[str, Any]
+Number = Callable[[Metrics], float]
+TRAINED = ("plain", "attnscale", "featscale", "both", "attnscale-control", "featscale-control")
+
+
+def of_arm(rows: Rows, arm: str) -> dict[int, Metrics]:
+    """Metrics of one arm by seed. Raises KeyError where there is none."""
+    found = {row["seed"]: row["metrics"] for row in rows if row["cell"]["arm"] == arm}
+    if not found:
+        raise KeyError(f"no rows of {arm}")
+    return found
+
+
+def each(arm: str, number: Number) -> Callable[[Rows], list[float]]:
+    """Per seed: a number of one arm."""
+    return lambda rows: [number(metrics) for metrics in of_arm(rows, arm).values()]
+
+
+def difference(arm: str, reference: str, number: Number) -> Callable[[Rows], list[float]]:
+    """Per seed that has both: a number of `arm` minus that of `reference`."""
+
+    def measure(rows: Rows) -> list[float]:
+        ours, theirs = of_arm(rows, arm), of_arm(rows, reference)
+        return [number(ours[seed]) - number(theirs[seed]) for seed in ours if seed in theirs]
+
+    return measure
+
+
+def smaller(*measures: Callable[[Rows], list[float]]) -> Callable[[Rows], list[float]]:
+    """Per seed the smallest of several numbers: above a threshold only where all are."""
+    return lambda rows: [min(values) for values in zip(*(measure(rows) for measure in measures), strict=True)]
+
+
+def last_third(name: str) -> Number:
+    """Mean over the last third of the layers of a list by layer."""
+    return lambda metrics: mean(metrics[name][-max(len(metrics[name]) // 3, 1) :])
+
+
+def last(name: str) -> Number:
+    """The last layer's value of a list by layer."""
+    return lambda metrics: metrics[name][-1]
+
+
+def accuracy(metrics: Metrics) -> float:
+    """Test accuracy in percent."""
+    return metrics["test_accuracy"]
+
+
+def mean_scale(name: str) -> Number:
+    """Mean over layers and heads of a learnt scale: omega, s or t."""
+    return lambda metrics: float(np.mean(metrics[name]))
+
+
+def oversmoothing(metrics: Metrics) -> float:
+    """The smaller Spearman correlation of depth with patch cosine and with -HC/DC. KeyError if one is constant."""
+    curves = [metrics["patch_cosine"], [-ratio for ratio in metrics["hc_over_dc"]]]
+    if any(len(set(curve)) < 2 for curve in curves):
+        raise KeyError("no correlation of a constant")
+    return min(float(stats.spearmanr(range(len(curve)), curve).statistic) for curve in curves)
+
+
+def smallest_step(metrics: Metrics) -> float:
+    """The smallest rise of last-block HC/DC between successive omegas of the dose response."""
+    dose = metrics["dose_hc_over_dc"]
+    return min(after - before for before, after in pairwise(dose))
+
+
+def counts_agree(metrics: Metrics) -> float:
+    """1 where every counted number of added parameters is the paper's, else 0."""
+    added = metrics["added_parameters"]
+    return float(all(added[name][:2] == list(counts) for name, (_, _, *counts) in PAPER_COUNTS.items()))
+
+
+def gains(arm: str, letters: Sequence[str], title: str, paper: str) -> list[Claim]:
+    """C5 for one method: accuracy against the plain network and against the method's control."""
+    pairs = ((f"{arm}", "plain", "the plain network"), (f"{arm}", f"{arm}-control", "its frequency-blind control"))
+    return [
+        Claim(
+            id=f"C5{letter}",
+            statement=f"{title} raises accuracy at equal depth and recipe over {words}",
+            source="abstract",
+            paper=paper if reference == "plain" else "no such control in the paper",
+            measure=difference(method, reference, accuracy),
+        )
+        for letter, (method, reference, words) in zip(letters, pairs, strict=True)
+    ]
+
+
+def cosines(arm: str, name: str, letters: Sequence[str], statement: str, paper: str) -> list[Claim]:
+    """C4 for one method: cosine over the last third of the layers, against plain and against the method's control."""
+    return [
+        Claim(
+            id=f"C4{letter}",
+            statement=f"{statement} (last third of layers, {arm} minus {reference})",
+            source="Fig. 1",
+            paper=paper if reference == "plain" else "no such control in the paper",
+            measure=difference(arm, reference, last_third(name)),
+            direction="below",
+            unit="cosine",
+        )
+        for letter, reference in zip(letters, ("plain", f"{arm}-control"), strict=True)
+    ]
+
+
+CLAIMS = [
+    Claim(
+        id="C1",
+        statement="Softmax attention is a low-pass filter: HC/DC of A^t z vanishes (share of all trained maps)",
+        source="Theorem 1",
+        paper="every map (theorem; as stated it needs pi^T z != 0)",
+        measure=each("plain", lambda metrics: metrics["lowpass_maps"] / metrics["judged_maps"]),
+        threshold=1 - 1e-9,
+        interval="worst",
+        unit="of maps",
+    ),
+    Claim(
+        id="C2",
+        statement="HC after attention, heads, skip and feed-forward stays within the explicit bounds (violations)",
+        source="Theorems 2, 3",
+        paper="none (theorem)",
+        measure=each("plain", lambda metrics: metrics["violations"]),
+        threshold=0.5,
+        direction="below",
+        interval="worst",
+        unit="violations",
+    ),
+    Claim(
+        id="C3",
+        statement="Plain ViTs oversmooth with depth: patch cosine rises, HC/DC falls (Spearman, the smaller)",
+        source="Fig. 1",
+        paper="feature cosine .24 (layer 0) to .57 (24), DeiT-S-24, ImageNet (read from the figure)",
+        measure=each("plain", oversmoothing),
+        threshold=0.8,
+        interval="worst",
+        unit="rho",
+    ),
+    *cosines(
+        "attnscale",
+        "attention_cosine",
+        ("a1", "a2"),
+        "AttnScale keeps attention maps diverse: their rows' cosine falls",
+        "last layer .94 to .54, DeiT-S-24, ImageNet (read from the figure)",
+    ),
+    *cosines(
+        "featscale",
+        "patch_cosine",
+        ("b1", "b2"),
+        "FeatScale keeps features diverse: patch cosine falls",
+        "last layer .57 to .34, DeiT-S-24, ImageNet (read from the figure)",
+    ),
+    Claim(
+        id="C4c",
+        statement="Causal: last-block HC/DC rises with omega in {0, 1, 4, 20} before any training (smallest rise)",
+        source="Sec. 4.1",
+        paper="no such experiment",
+        measure=each("init", smallest_step),
+        interval="worst",
+        unit="HC/DC",
+    ),
+    Claim(
+        id="C4d",
+        statement="Causal: without attention skips AttnScale (omega from 20) keeps tokens apart (last patch cosine)",
+        source="Sec. 4.1",
+        paper="no such experiment",
+        measure=difference("noskip-plain", "noskip-attnscale", last("patch_cosine")),
+        threshold=0.3,
+        interval="worst",
+        unit="cosine",
+    ),
+    *gains(
+        "attnscale",
+        ("a1", "a2"),
+        "AttnScale",
+        "79.8 to 80.7 (DeiT-S-12), 80.5 to 81.1 (24 layers) top-1, ImageNet, 500 epochs (recalled, unverified)",
+    ),
+    *gains(
+        "featscale",
+        ("b1", "b2"),
+        "FeatScale",
+        "up to +1.1: 79.8 to 80.9 (DeiT-S-12) top-1, ImageNet, 500 epochs (recalled, unverified)",
+    ),
+    Claim(
+        id="C6a",
+        statement="Practically free: added parameters of DeiT-S-12/24, CaiT-S-24, Swin-S are the paper's, exactly",
+        source="abstract",
+        paper="AttnScale 72, 144, 192, 282; FeatScale 9,216, 18,432, 18,432, 18,048 (of 22 to 50 million)",
+        measure=each("init", counts_agree),
+        threshold=0.5,
+        interval="worst",
+        unit="of networks",
+    ),
+    Claim(
+        id="C6b",
+        statement="Practically free: time of a training step over that of the plain network (the slower method)",
+        source="abstract",
+        paper="negligible (no number)",
+        measure=each("init", lambda metrics: max(metrics["attnscale_step_ratio"], metrics["featscale_step_ratio"])),
+        threshold=1.10,
+        direction="below",
+        unit="times",
+    ),
+    *[
+        Claim(
+            id=f"C7{letter}",
+            statement=f"Fine-tuning a trained plain network with fresh {title} beats the same without (test accuracy)",
+            source="Sec. 5.2",
+            paper="82.6 to 83.2, CaiT-S-24, 60 epochs, ImageNet (recalled, unverified)",
+            measure=difference(f"tuned-{arm}", "tuned-plain", accuracy),
+        )
+        for letter, arm, title in (("a", "attnscale", "AttnScale"), ("b", "featscale", "FeatScale"))
+    ],
+    Claim(
+        id="C8a",
+        statement="High frequencies are amplified: mean omega above 0 and above its frequency-blind control's",
+        source="Sec. 5.3",
+        paper="positive (no number)",
+        measure=smaller(
+            each("attnscale", mean_scale("omega")), difference("attnscale", "attnscale-control", mean_scale("omega"))
+        ),
+        interval="worst",
+        unit="omega",
+    ),
+    Claim(
+        id="C8b",
+        statement="High frequencies are amplified: mean t above 0 above mean s (the smaller of t and -s)",
+        source="Sec. 5.3",
+        paper="positive t (no number)",
+        measure=each("featscale", lambda metrics: min(mean_scale("t")(metrics), -mean_scale("s")(metrics))),
+        interval="worst",
+        unit="scale",
+    ),
+]
+
+
+def draw(rows: Rows) -> dict[str, Figure]:
+    """HC/DC and cosines by layer; learnt scales by layer and head; low-pass curves and bounds."""
+    figures = {"layers": _layers(rows), "scales": _scales(rows), "lowpass": _lowpass(rows)}
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _average(rows: Rows, arm: str, name: str) -> Any:
+    """Mean over seeds of a list by layer; None where no row has it."""
+    found = [row["metrics"][name] for row in rows if row["cell"]["arm"] == arm and row["metrics"].get(name)]
+    return np.mean(found, axis=0) if found else None
+
+
+def _layers(rows: Rows) -> Figure | None:
+    arms = [arm for arm in TRAINED if _average(rows, arm, "hc_over_dc") is not None]
+    if not arms:
+        return None
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    names = ("hc_over_dc", "patch_cosine", "attention_cosine")
+    titles = ("high over low frequencies, HC/DC", "cosine between patches", "cosine between rows of maps")
+    for panel, name, title in zip(panels, names, titles, strict=True):
+        for arm in arms:
+            curve = _average(rows, arm, name)
+            style = f"C{TRAINED.index(arm) % 4 if not arm.endswith('control') else TRAINED.index(arm) - 3}"
+            first = 1 if name == "attention_cosine" else 0
+            line = "--" if arm.endswith("control") else "-"
+            panel.plot(range(first, first + len(curve)), curve, f"{style}{line}", label=arm)
+        panel.set(xlabel="layer", title=title)
+    panels[0].legend(fontsize=7)
+    return figure
+
+
+def _scales(rows: Rows) -> Figure | None:
+    omega, s, t = (_average(rows, *pair) for pair in (("attnscale", "omega"), ("featscale", "s"), ("featscale", "t")))
+    if omega is None and s is None:
+        return None
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    if omega is not None:
+        reach = max(float(np.abs(omega).max()), 1e-9)
+        image = left.imshow(omega.T, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
+        figure.colorbar(image, ax=left)
+        left.set(xlabel="layer", ylabel="head", title="learnt omega (mean over seeds)")
+        left.set_xticks(range(len(omega)), [str(layer) for layer in range(1, len(omega) + 1)])
+        left.set_yticks(range(omega.shape[1]))
+    if s is not None:
+        layers = range(1, len(s) + 1)
+        right.plot(layers, s, "C0o-", label="s (mean token)")
+        right.plot(layers, t, "C1o-", label="t (the rest)")
+        right.axhline(0, color="grey", linewidth=0.8)
+        right.set(xlabel="layer", title="learnt s and t (mean over channels and seeds)")
+        right.legend()
+    return figure
+
+
+def _lowpass(rows: Rows) -> Figure | None:
+    curves = _average(rows, "plain", "lowpass_curves")
+    if curves is None:
+        return None
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for layer, curve in enumerate(curves, 1):
+        left.plot(
+            range(1, len(curve) + 1), curve, color=f"{0.8 * (1 - layer / len(curves)):.2f}", label=f"layer {layer}"
+        )
+    left.set(xlabel="applications of the map", ylabel="log10 HC/DC", title="A^t z of trained maps, layer 1 (light) on")
+    names = ("map_rho", "bound_bd", "bound_colsum", "weights")
+    labels = ("rho, measured", "Bhatia-Davis bound", "column-sum bound", "||Wo Wv|| of a head")
+    values = [mean(row["metrics"][name] for row in rows if row["cell"]["arm"] == "plain") for name in names]
+    right.bar(labels, values, color=("C0", "C1", "C1", "C2"))
+    right.axhline(1, color="grey", linewidth=0.8)
+    right.tick_params(axis="x", labelrotation=20)
+    right.set(yscale="log", ylabel="factor on HC", title="one application: measured and bounds (means)")
+    return figure

@@ -1,0 +1,122 @@
+"""The study: python -m vit_antioversmooth.reproduce --scale demo   (or: make reproduce-vit-antioversmooth)
+
+One cell is one arm at one seed. Most train one network into one row; plain also fine-tunes its network with fresh
+scales (rows tuned-*), and init measures untrained networks and what the scales cost.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.claims import report
+from common.config import command, dump, parse
+from common.data import load
+from common.runs import seed_everything
+from common.study import Cell, run_study, scale_arguments
+from vit_antioversmooth.claims import CLAIMS, draw
+from vit_antioversmooth.cost import PAPER_COUNTS, added_parameters, step_time_ratios
+from vit_antioversmooth.eval import evaluate, first_images, probed
+from vit_antioversmooth.settings import Config, ScaleStudy
+from vit_antioversmooth.train import network, train
+
+HERE = Path(__file__).parent
+CELL_FIELDS = ("omegas", "noskip_depth", "noskip_epochs", "noskip_init", "tune_epochs", "tune_lr")
+TUNED = {"tuned-plain": "plain", "tuned-attnscale": "attnscale", "tuned-featscale": "featscale"}
+
+
+def arm_config(config: Config, arm: str) -> Config:
+    """The configuration of one trained arm: all but its scales (and, for noskip, its skip and size) stays."""
+    method, _, control = arm.removeprefix("noskip-").partition("-")
+    scales = replace(config.scales, method=method, blind=bool(control))  # type: ignore[arg-type]
+    if not arm.startswith("noskip-"):
+        return replace(config, scales=scales)
+    study = config.study
+    return replace(
+        config,
+        model=replace(config.model, skip=False, depth=study.noskip_depth),
+        train=replace(config.train, epochs=study.noskip_epochs, warmup=min(config.train.warmup, study.noskip_epochs)),
+        scales=replace(scales, init=study.noskip_init if method == "attnscale" else 0.0),
+    )
+
+
+def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float], None]) -> list[dict[str, Any]]:
+    """One arm at one seed: a row for each network."""
+    arm = cell.settings["arm"]
+    config = replace(config, seed=cell.seed)
+    if arm == "init":
+        return [{"metrics": measure_untrained(config)}]
+    tuned = TUNED if arm == "plain" and config.study.tune_epochs else {}
+    whole = config.train.epochs + len(tuned) * config.study.tune_epochs
+    share = config.train.epochs / whole
+    train(arm_config(config, arm), folder, lambda fraction: progress(share * fraction))
+    rows: list[dict[str, Any]] = [{"metrics": evaluate(folder)}]
+    options = config.train
+    warmup = min(options.warmup, config.study.tune_epochs / 2)
+    lr = config.study.tune_lr
+    for number, (name, method) in enumerate(tuned.items()):
+        tuning = replace(
+            arm_config(config, method),
+            model=replace(config.model, weights=str(folder / "model.pt")),
+            train=replace(options, epochs=config.study.tune_epochs, lr=lr, min_lr=0, warmup=warmup, warmup_lr=0),
+        )
+
+        def within(fraction: float, before: int = number) -> None:
+            progress(share + (1 - share) * (before + fraction) / len(tuned))
+
+        train(tuning, folder / name, within)
+        rows.append({"cell": {"arm": name}, "metrics": evaluate(folder / name)})
+    return rows
+
+
+def measure_untrained(config: Config) -> dict[str, Any]:
+    """Dose response of HC/DC to omega in the untrained network, without and with its attention skip; what scales cost.
+
+    `*_step_ratio` are times: the only numbers of a row that do not come out equal every time.
+    """
+    splits = load(config.data)
+    doses: dict[str, list[float]] = {"dose_hc_over_dc": [], "dose_noskip_hc_over_dc": []}
+    noskip = config.model.name == "vit"
+    for omega in config.study.omegas:
+        for name, skip in (("dose_hc_over_dc", True), ("dose_noskip_hc_over_dc", False)):
+            if skip or noskip:
+                scales = replace(config.scales, method="attnscale", blind=False, init=omega)
+                seed_everything(config.seed)
+                model = network(replace(config, model=replace(config.model, skip=skip), scales=scales), splits.train)
+                doses[name].append(probed(model.eval(), splits.test, config, ("hc",))["hc_over_dc"][-1])
+    models = {}
+    for method in ("plain", "attnscale", "featscale"):
+        seed_everything(config.seed)
+        models[method] = network(arm_config(config, method), splits.train)
+    with torch.no_grad():
+        images = first_images(models["plain"], splits.test, config, config.train.batch_size)
+    ratios = step_time_ratios(models, images, splits.train.classes)
+    counts = {name: list(added_parameters(timm_name, depth)) for name, (timm_name, depth, *_) in PAPER_COUNTS.items()}
+    return {
+        **doses,
+        "added_parameters": counts,
+        "attnscale_step_ratio": ratios["attnscale"],
+        "featscale_step_ratio": ratios["featscale"],
+    }
+
+
+def reproduce(arguments: Sequence[str] | None = None) -> int:
+    """Run the study of a scale and report it; returns the exit status."""
+    prog = "python -m vit_antioversmooth.reproduce"
+    description = "Run the study of one scale: --scale smoke|demo|cifar (its YAML in configs/), then any option below."
+    config = parse(Config, scale_arguments(HERE / "configs", arguments), prog=prog, description=description)
+    cells = [Cell({"arm": arm}, seed) for seed in config.study.seeds for arm in config.study.arms]
+    # Of the study only what a cell depends on: with more seeds or workers finished cells are found again.
+    kept = {field: getattr(config.study, field) for field in CELL_FIELDS}
+    one = replace(config, study=ScaleStudy(**kept))
+    folder = Path(config.study.runs) / "vit_antioversmooth" / config.study.scale
+    study = run_study(cells, partial(run_cell, one), folder, dump(one), config.study)
+    return report("vit_antioversmooth", study, CLAIMS, draw, Path(config.study.results or HERE / "results"))
+
+
+if __name__ == "__main__":
+    command(lambda: reproduce(sys.argv[1:]))

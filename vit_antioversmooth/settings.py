@@ -1,0 +1,216 @@
+"""The configuration of one training run and of the study; every YAML in configs/ fills this."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import timm
+
+from common.config import require
+from common.data import DataConfig
+from common.runs import RunConfig
+from common.study import StudyConfig
+
+ARMS = (
+    "plain",
+    "attnscale",
+    "featscale",
+    "both",
+    "attnscale-control",
+    "featscale-control",
+    "noskip-plain",
+    "noskip-attnscale",
+    "init",
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    name: str = "vit"
+    """vit: a class-token ViT of the sizes below; else the name of a timm model with its own sizes"""
+    dim: int = 64
+    """of vit: channels"""
+    heads: int = 2
+    """of vit"""
+    patch: int = 7
+    """of vit: side of a patch in pixels"""
+    depth: int = 12
+    """blocks; 0: the timm model's own"""
+    skip: bool = True
+    """of vit: skip connection around attention"""
+    drop: float = 0.0
+    """dropout of embedding, projections and MLPs"""
+    drop_path: float = 0.0
+    """stochastic depth"""
+    pretrained: bool = False
+    """start from timm's weights, downloaded once"""
+    weights: str = ""
+    """start from this file: model.pt of a run, or a state dict (.safetensors, .pth), timm's or the authors' names"""
+    featscale_count: int = 1
+    """how often the code behind `weights` adds FeatScale: 2 for released DeiT weights, else 1"""
+    mean: list[float] = field(default_factory=lambda: [0.0])
+    """the network sees (pixels - mean) / std, by channel"""
+    std: list[float] = field(default_factory=lambda: [1.0])
+
+    def __post_init__(self) -> None:
+        require(self.name == "vit" or timm.is_model(self.name), "model.name", self.name, "vit or a timm model")
+        require(self.heads >= 1, "model.heads", self.heads, "at least 1")
+        require(self.dim >= 1 and self.dim % self.heads == 0, "model.dim", self.dim, "a multiple of model.heads")
+        require(self.patch >= 1, "model.patch", self.patch, "at least 1")
+        least = 1 if self.name == "vit" else 0
+        require(self.depth >= least, "model.depth", self.depth, f"at least {least}")
+        require(self.skip or self.name == "vit", "model.skip", self.skip, "true for a timm model")
+        require(0 <= self.drop < 1, "model.drop", self.drop, "in [0, 1)")
+        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "in [0, 1)")
+        fits = not (self.pretrained and (self.weights or self.name == "vit"))
+        require(fits, "model.pretrained", self.pretrained, "false for vit and beside model.weights")
+        require(self.featscale_count in (1, 2), "model.featscale_count", self.featscale_count, "1 or 2")
+        require(len(self.mean) == len(self.std) > 0, "model.std", self.std, "as many numbers as model.mean")
+        require(all(value > 0 for value in self.std), "model.std", self.std, "positive")
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """Which scales the network carries."""
+
+    method: Literal["plain", "attnscale", "featscale", "both"] = "plain"
+    blind: bool = False
+    """the frequency-blind control with as many parameters: (1 + omega) A, or s = t"""
+    init: float = 0.0
+    """of omega; s and t start at 0"""
+    learn: bool = True
+    """false keeps the scales as they start"""
+    include_prefix: bool = True
+    """class, distillation and register tokens count in the means, as in the authors' code"""
+    share: Literal["none", "heads", "layers"] = "none"
+    """one omega for all heads of a layer, or one a head for all layers"""
+    per_channel: bool = True
+    """false: one s and one t a layer"""
+    lr_mult: float = 1.0
+    """learning rate of the scales over that of the weights; 1 in the paper, more where a run is short"""
+
+    def __post_init__(self) -> None:
+        require(abs(self.init) < 1e6, "scales.init", self.init, "a finite number below 1e6")
+        require(self.lr_mult > 0, "scales.lr_mult", self.lr_mult, "positive")
+        tied = self.blind and self.method in ("plain", "both")
+        require(not tied, "scales.blind", self.blind, "false unless scales.method is attnscale or featscale")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the network is trained: AdamW, cosine schedule, soft labels."""
+
+    epochs: int = 8
+    batch_size: int = 100
+    """over all ranks together"""
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    """at the end of the cosine"""
+    warmup: float = 0.8
+    """epochs over which lr rises in a straight line"""
+    warmup_lr: float = 0.0
+    """where it starts"""
+    schedule: Literal["steps", "epochs"] = "steps"
+    """epochs: lr changes between epochs only and lags one behind, as in the released code"""
+    weight_decay: float = 0.05
+    """not on 1-D tensors, position and class tokens and scales"""
+    clip: float = 0.0
+    """largest gradient norm; 0: none"""
+    smoothing: float = 0.1
+    """of the labels"""
+    roll: int = 0
+    """images are rolled by up to this many pixels"""
+    mixup: float = 0.0
+    """alpha; 0: none"""
+    cutmix: float = 0.0
+    """alpha; 0: none; where both are on each takes half of the batches"""
+    erasing: float = 0.0
+    """probability of random erasing"""
+    ema: float = 0.0
+    """decay of the moving average of the weights, measured beside them; 0: none"""
+    amp: bool = False
+    """bfloat16 autocast"""
+    compile: bool = False
+    """torch.compile, after scales, optimiser and moving average"""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
+        require(self.batch_size >= 2, "train.batch_size", self.batch_size, "at least 2")
+        require(self.lr > 0, "train.lr", self.lr, "positive")
+        require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, "in [0, train.lr]")
+        require(0 <= self.warmup <= self.epochs, "train.warmup", self.warmup, "in [0, train.epochs]")
+        require(0 <= self.warmup_lr <= self.lr, "train.warmup_lr", self.warmup_lr, "in [0, train.lr]")
+        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+        require(self.clip >= 0, "train.clip", self.clip, "at least 0")
+        require(0 <= self.smoothing < 1, "train.smoothing", self.smoothing, "in [0, 1)")
+        require(self.roll >= 0, "train.roll", self.roll, "at least 0")
+        require(self.mixup >= 0, "train.mixup", self.mixup, "at least 0")
+        require(self.cutmix >= 0, "train.cutmix", self.cutmix, "at least 0")
+        require(0 <= self.erasing <= 1, "train.erasing", self.erasing, "in [0, 1]")
+        require(0 <= self.ema < 1, "train.ema", self.ema, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How many test images are looked into; accuracy is always that of all."""
+
+    probe_images: int = 500
+    """for frequencies, cosines and maps"""
+    theory_images: int = 32
+    """for the theorems, in float64; plain vision transformers only"""
+    batch_size: int = 250
+
+    def __post_init__(self) -> None:
+        require(self.probe_images >= 1, "eval.probe_images", self.probe_images, "at least 1")
+        require(self.theory_images >= 1, "eval.theory_images", self.theory_images, "at least 1")
+        require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
+
+
+@dataclass(frozen=True)
+class ScaleStudy(StudyConfig):
+    """The study: every arm at every seed; arms of one seed share initial weights, order and augmentation."""
+
+    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    """what to compare; init trains nothing"""
+    omegas: list[float] = field(default_factory=lambda: [0.0, 1.0, 4.0, 20.0])
+    """of the dose response at initialisation"""
+    noskip_depth: int = 8
+    """blocks of the arms without attention skip"""
+    noskip_epochs: int = 6
+    noskip_init: float = 20.0
+    """omega of noskip-attnscale at the start"""
+    tune_epochs: int = 2
+    """of fine-tuning the plain network with and without fresh scales; 0: none"""
+    tune_lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = set(self.arms) - set(ARMS)
+        require(
+            not unknown and "plain" in self.arms, "study.arms", self.arms, f"plain and any of {', '.join(ARMS[1:])}"
+        )
+        require(len(set(self.arms)) == len(self.arms), "study.arms", self.arms, "without repetition")
+        require(len(self.omegas) >= 2, "study.omegas", self.omegas, "at least two numbers")
+        require(self.noskip_depth >= 1, "study.noskip_depth", self.noskip_depth, "at least 1")
+        require(self.noskip_epochs >= 1, "study.noskip_epochs", self.noskip_epochs, "at least 1")
+        require(self.tune_epochs >= 0, "study.tune_epochs", self.tune_epochs, "at least 0")
+        require(self.tune_lr > 0, "study.tune_lr", self.tune_lr, "positive")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    seed: int = 0
+    """of the initial weights, the order of the images and all augmentation"""
+    data: DataConfig = field(default_factory=lambda: DataConfig(val=0.0))
+    model: ModelConfig = field(default_factory=ModelConfig)
+    scales: ScaleConfig = field(default_factory=ScaleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    study: ScaleStudy = field(default_factory=ScaleStudy)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "at least 0")

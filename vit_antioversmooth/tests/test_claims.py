@@ -1,0 +1,103 @@
+"""Facts about the claims: what each measures, on rows worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from common.claims import judge
+from vit_antioversmooth.claims import CLAIMS, draw
+from vit_antioversmooth.cost import PAPER_COUNTS
+
+BY_ID = {claim.id: claim for claim in CLAIMS}
+
+
+def network(cosines: list[float], accuracy: float, **more: Any) -> dict[str, Any]:
+    curves = {"patch_cosine": cosines, "hc_over_dc": [1 - cosine for cosine in cosines]}
+    return {**curves, "attention_cosine": cosines[1:], "test_accuracy": accuracy, **more}
+
+
+def rows() -> list[dict[str, Any]]:
+    """Two seeds of every arm."""
+    counts = {name: [attn, feat, 1] for name, (_, _, attn, feat) in PAPER_COUNTS.items()}
+    theory = {"lowpass_maps": 6, "judged_maps": 6, "violations": 0, "lowpass_curves": [[-1.0, -2.0]] * 3}
+    theory |= {"map_rho": 0.2, "bound_bd": 2.0, "bound_colsum": 2.0, "weights": 1.0}
+    found = []
+    for seed in (0, 1):
+        up, plain = 0.01 * seed, network([0.1, 0.2, 0.3, 0.5], 70.0, **theory)
+        arms = {
+            "plain": plain,
+            "attnscale": network([0.1, 0.2, 0.3, 0.6 + up], 71.0, omega=[[0.2, 0.4]] * 3),
+            "attnscale-control": network([0.1, 0.2, 0.3, 0.7], 70.5, omega=[[0.0, 0.1]] * 3),
+            "featscale": network([0.1, 0.2, 0.3, 0.4 + up], 69.0, s=[-0.1] * 3, t=[0.3] * 3),
+            "featscale-control": network([0.1, 0.2, 0.3, 0.45], 70.0, s=[0.0] * 3, t=[0.0] * 3),
+            "noskip-plain": network([0.1, 1.0], 20.0),
+            "noskip-attnscale": network([0.1, 0.5], 30.0, omega=[[20.0]]),
+            "tuned-plain": network([0.1, 0.2], 72.0),
+            "tuned-attnscale": network([0.1, 0.2], 73.0 + seed),
+            "tuned-featscale": network([0.1, 0.2], 71.0),
+            "init": {
+                "dose_hc_over_dc": [0.8, 0.9, 1.2],
+                "added_parameters": counts,
+                "attnscale_step_ratio": 1.02,
+                "featscale_step_ratio": 1.05 + up,
+            },
+        }
+        found += [{"cell": {"arm": arm}, "seed": seed, "metrics": metrics} for arm, metrics in arms.items()]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "verdict"),
+    [
+        ("C1", [1, 1], "held"),
+        ("C2", [0, 0], "held"),
+        ("C3", [1, 1], "held"),
+        ("C4a1", [0.1, 0.11], "not held"),
+        ("C4a2", [-0.1, -0.09], "held"),
+        ("C4b1", [-0.1, -0.09], "held"),
+        ("C4b2", [-0.05, -0.04], "held"),
+        ("C4c", [0.1, 0.1], "held"),
+        ("C4d", [0.5, 0.5], "held"),
+        ("C5a1", [1, 1], "held"),
+        ("C5a2", [0.5, 0.5], "held"),
+        ("C5b1", [-1, -1], "not held"),
+        ("C5b2", [-1, -1], "not held"),
+        ("C6a", [1, 1], "held"),
+        ("C6b", [1.05, 1.06], "held"),
+        ("C7a", [1, 2], "inconclusive"),
+        ("C7b", [-1, -1], "not held"),
+        ("C8a", [0.25, 0.25], "held"),
+        ("C8b", [0.1, 0.1], "held"),
+    ],
+)
+def test_a_claim_measures_what_it_says(name: str, values: list[float], verdict: str) -> None:
+    (judged,) = judge([BY_ID[name]], rows())
+    assert judged["values"] == pytest.approx(values) and judged["verdict"] == verdict
+
+
+def test_the_table_above_has_every_claim_and_each_carries_the_papers_setting() -> None:
+    assert len(BY_ID) == len(CLAIMS) == 19
+    assert all("ImageNet" in claim.paper or "%" not in claim.paper for claim in CLAIMS)
+    recalled = [claim for claim in CLAIMS if "79.8" in claim.paper or "82.6" in claim.paper]
+    assert len(recalled) == 4 and all("unverified" in claim.paper for claim in recalled)
+
+
+def test_without_rows_every_claim_is_inconclusive_and_nothing_is_drawn() -> None:
+    assert {claim["verdict"] for claim in judge(CLAIMS, [])} == {"inconclusive"} and draw([]) == {}
+
+
+def test_one_wrong_count_one_violation_or_one_stubborn_map_is_seen() -> None:
+    found = rows()
+    for row in (row for row in found if row["seed"] == 1):
+        if row["cell"]["arm"] == "init":
+            row["metrics"]["added_parameters"] = {**row["metrics"]["added_parameters"], "Swin-S": [281, 18048, 1]}
+        if row["cell"]["arm"] == "plain":
+            row["metrics"] |= {"violations": 1, "lowpass_maps": 5}
+    verdicts = {claim["id"]: claim["verdict"] for claim in judge(CLAIMS, found)}
+    assert [verdicts[name] for name in ("C1", "C2", "C6a")] == ["not held"] * 3
+
+
+def test_three_figures_are_drawn_from_the_rows() -> None:
+    assert sorted(draw(rows())) == ["layers", "lowpass", "scales"]

@@ -1,0 +1,251 @@
+"""Train one network: python vit_antioversmooth/train.py --config vit_antioversmooth/configs/demo.yaml
+
+The network, its scales, AdamW with the scales in a group of their own, one loop; the weights end in model.pt.
+Data-parallel: torchrun --nproc_per_node=N vit_antioversmooth/train.py --config ...
+"""
+
+import copy
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import distributed
+from common.config import ConfigError, command, parse, require
+from common.data import ImageSet, Splits, batches, in_order, load, pixels, steps_per_epoch
+from common.runs import CheckpointError, Run, generator, load_checkpoint, read_json, save_checkpoint, seed_everything
+from vit_antioversmooth.attnscale import apply_attnscale
+from vit_antioversmooth.augment import erase, mix, roll, soft_labels
+from vit_antioversmooth.featscale import apply_featscale
+from vit_antioversmooth.models import small_vit, timm_vit
+from vit_antioversmooth.released import load_released
+from vit_antioversmooth.scales import param_groups, scale_parameters
+from vit_antioversmooth.settings import Config
+
+
+def train(config: Config, folder: Path, progress: Callable[[float], None] | None = None) -> dict[str, Any]:
+    """Train in `folder`, from where the run stands; returns and leaves in done.json the final training metrics.
+
+    Args:
+        config: of the run.
+        folder: the run's.
+        progress: called with the finished fraction instead of drawing a progress bar.
+    """
+    with distributed.process_group() as device:
+        splits = load(config.data)
+        per_epoch = steps_per_epoch(splits.train, config.train.batch_size)
+        total = config.train.epochs * per_epoch
+        seed_everything(config.seed)
+        model = network(config, splits.train).to(device)
+        run = Run(folder, config, total_steps=total, checkpoint_every=config.run.checkpoint_every, progress=progress)
+        if run.finished:
+            return read_json(folder / "done.json")
+        with run:
+            return _fit(config, run, splits, model, per_epoch)
+
+
+def _fit(config: Config, run: Run, splits: Splits, model: nn.Module, per_epoch: int) -> dict[str, Any]:
+    options, device = config.train, next(model.parameters()).device
+    optimizer = torch.optim.AdamW(param_groups(model, options.lr, options.weight_decay, config.scales.lr_mult))
+    average = copy.deepcopy(model).requires_grad_(False) if options.ema else None
+    start, total = 0, options.epochs * per_epoch
+    if saved := run.restore():
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if average is not None:
+            average.load_state_dict(saved["average"])
+        start = saved["step"]
+    forward = torch.compile(model) if options.compile else model
+    normalize = normalizer(config)
+    position = start
+
+    def snapshot() -> dict[str, Any]:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": position}
+        return state if average is None else {**state, "average": average.state_dict()}
+
+    final: dict[str, float] = {}
+    stream = batches(splits.train, options.batch_size, config.data, seed=config.seed, step=start)
+    for step in run.steps(start, total, snapshot):
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in next(stream))
+        draws = generator(config.seed, 1, step)
+        images = erase(normalize(pixels(roll(images, options.roll, draws))), options.erasing, draws)
+        targets = soft_labels(labels, splits.train.classes, options.smoothing)
+        images, targets = mix(images, targets, options.mixup, options.cutmix, draws)
+
+        model.train()
+        torch.manual_seed(generator(config.seed, 2, step, distributed.rank()).initial_seed())  # dropout, drop-path
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
+            logits = forward(images)
+        loss = F.cross_entropy(logits.float(), targets)
+        run.require_finite(step, loss=loss.item())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        distributed.synchronize(model)
+        if options.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * learning_rate(config, step, per_epoch) / options.lr
+        optimizer.step()
+        if average is not None:
+            _follow(average, model, options.ema)
+
+        position = step + 1
+        if position % per_epoch == 0:
+            final = {"loss": distributed.mean(loss.item())}
+            final["accuracy"] = 100 * distributed.mean((logits.argmax(1) == labels).float().mean().item())
+            run.log(position, "train", epoch=position // per_epoch, **final)
+            if len(splits.val):
+                run.log(position, "val", val_accuracy=accuracy(model, splits.val, config))
+    metrics: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "scales": scale_count(model)}
+    if len(splits.val):
+        metrics["val_accuracy"] = accuracy(model, splits.val, config)
+    if run.writes:
+        content = {"model": model.state_dict()}
+        content.update({} if average is None else {"average": average.state_dict()})
+        save_checkpoint(run.folder / "model.pt", content)
+    run.finish(metrics)
+    return metrics
+
+
+def network(config: Config, data: ImageSet) -> nn.Module:
+    """The configured network with its scales for images like those of `data`, its weights drawn or read now.
+
+    Weights are drawn before the scales are applied, and the scales draw nothing: one seed gives all methods the same.
+
+    Raises:
+        ConfigError: where sizes do not fit; CheckpointError: where model.weights does not.
+    """
+    model, scales = config.model, config.scales
+    if isinstance(data.images, Tensor):
+        _, channels, size, width = data.images.shape
+    else:
+        channels, size, width = 3, config.data.size, config.data.size
+    require(size == width, "data", (size, width), "square images")
+    fits = len(model.mean) in (1, channels)
+    require(fits, "model.mean", model.mean, f"as many numbers as the images' {channels} channels, or one")
+    dropout: dict[str, Any] = {"drop": model.drop, "drop_path": model.drop_path}
+    if model.name == "vit":
+        require(size % model.patch == 0, "model.patch", model.patch, f"a divisor of the images' side {size}")
+        sizes = {"dim": model.dim, "heads": model.heads, "depth": model.depth, "patch": model.patch}
+        net: nn.Module = small_vit(size, channels, data.classes, skip=model.skip, **sizes, **dropout)
+    else:
+        try:
+            net = timm_vit(
+                model.name, size, channels, data.classes, model.depth, pretrained=model.pretrained, **dropout
+            )  # type: ignore[arg-type]
+        except (TypeError, RuntimeError, AssertionError) as error:  # timm's, for sizes and options a network lacks
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"model.name {model.name} cannot be built as configured: {reason}") from error
+    try:
+        if scales.method in ("attnscale", "both"):
+            sharing: dict[str, Any] = {"share": scales.share, "blind": scales.blind}
+            apply_attnscale(net, init=scales.init, include_prefix=scales.include_prefix, **sharing)
+        if scales.method in ("featscale", "both"):
+            form: dict[str, Any] = {"per_channel": scales.per_channel, "tied": scales.blind}
+            apply_featscale(net, include_prefix=scales.include_prefix, **form)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"scales.method {scales.method} does not fit model.name {model.name}: {error}") from error
+    if model.weights:
+        count = scale_count(net)
+        _read_weights(net, Path(model.weights), model.featscale_count)
+        if scale_count(net) != count:
+            raise CheckpointError(f"{model.weights}: holds scales that scales.method {scales.method} has not")
+    for parameter in scale_parameters(net):
+        parameter.requires_grad_(scales.learn)
+    return net
+
+
+def normalizer(config: Config) -> Callable[[Tensor], Tensor]:
+    """Map from pixels in [0, 1] to the network's inputs."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.model.mean, config.model.std))
+    return lambda raw: (raw - mean.to(raw)) / std.to(raw)
+
+
+def learning_rate(config: Config, step: int, per_epoch: int) -> float:
+    """Learning rate of the weights in step `step`: warm-up in a straight line, then half a cosine to min_lr.
+
+    With schedule epochs, epoch e uses the value of epoch max(e - 1, 0) and the cosine counts from epoch 0: the released
+    code steps its scheduler with the epoch just finished (spec e).
+    """
+    options = config.train
+    if options.schedule == "epochs":
+        epoch = max(step // per_epoch - 1, 0)
+        if epoch < options.warmup:
+            return options.warmup_lr + (options.lr - options.warmup_lr) * epoch / options.warmup
+        share = epoch / options.epochs
+    else:
+        rise = options.warmup * per_epoch
+        if step < rise:
+            return options.warmup_lr + (options.lr - options.warmup_lr) * min((step + 1) / rise, 1)
+        share = (step - rise) / max(options.epochs * per_epoch - rise, 1)
+    return options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: ImageSet, config: Config) -> float:
+    """Top-1 accuracy in percent, in eval mode."""
+    model.eval()
+    normalize, device, correct = normalizer(config), next(model.parameters()).device, 0
+    for images, labels in in_order(data, config.eval.batch_size):
+        logits = model(normalize(pixels(images.to(device))))
+        correct += int((logits.argmax(1) == labels.to(device)).sum())
+    return 100 * correct / max(len(data), 1)
+
+
+def scale_count(model: nn.Module) -> int:
+    """Number of scale parameters."""
+    return sum(parameter.numel() for parameter in scale_parameters(model))
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """One step of the moving average, buffers copied."""
+    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(value, 1 - decay)
+    for kept, current in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(current)
+
+
+def _read_weights(net: nn.Module, path: Path, featscale_count: int) -> None:
+    """Load model.weights into the network; nothing in the file is executed. Raises `CheckpointError`."""
+    if not path.exists():
+        raise CheckpointError(f"model.weights must be an existing file, got {str(path)!r}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        elif path.name == "model.pt":
+            weights = load_checkpoint(path)["model"]
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = weights.get("model", weights)
+        load_released(net, weights, featscale_count)
+    except CheckpointError:
+        raise
+    except Exception as error:  # of torch, pickle, zip and safetensors each another kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: does not hold weights of this network ({reason})") from error
+
+
+def main() -> None:
+    """The command line."""
+    config = parse(Config, prog="python vit_antioversmooth/train.py", description=(__doc__ or "").splitlines()[0])
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    folder = Path(config.run.folder or f"runs/vit_antioversmooth/{config.scales.method}-seed{config.seed}")
+    metrics = train(config, folder)
+    if int(os.environ.get("RANK", 0)):
+        return
+    print(f"{metrics['parameters']:,} parameters, {metrics['scales']:,} of them scales")
+    print(f"finished in {folder}; next: {sys.executable} vit_antioversmooth/eval.py --folder {folder}")
+
+
+if __name__ == "__main__":
+    command(main)
