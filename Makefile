@@ -36,8 +36,8 @@ $(PAPERS:%=reproduce-%): reproduce-%: .venv/ready  ## reproduce one paper: runs,
 
 reproduce-all: $(PAPERS:%=reproduce-%)  ## all papers, one after another
 
-test: lint  ## lint, types, import rules, all tests with a coverage floor, each paper on its own
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-fail-under=85
+test: lint  ## lint, types, import rules, tests: of common/ with a coverage floor, of each paper with nothing but common/
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-fail-under=85 common
 	@$(BIN)/python common/tests/carry_away.py $(subst -,_,$(PAPERS))
 
 lint: .venv/ready  ## ruff, mypy and the import rules only

@@ -143,19 +143,28 @@ def environment() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        revision = "unknown"
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "machine": {"cpu": (models or [platform.machine()])[0], "cores": os.cpu_count(), "gpus": gpus},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "revision": revision,
+        "revision": _revision(),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
+
+
+def _revision() -> str:
+    """The commit of this tree, with -dirty where files other than results differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude,glob)*/results/**")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def _rng_state() -> dict[str, Any]:
@@ -272,10 +281,7 @@ class Run:
     def save(self, step: int, snapshot: Mapping[str, Any]) -> None:
         """Write `checkpoint.pt` atomically; `step` is the number of finished steps."""
         if self.writes:
-            self._metrics.flush()
-            os.fsync(self._metrics.fileno())
-            if self._events is not None:
-                self._events.flush()
+            self._flush()
             size = self._metrics.seek(0, os.SEEK_END)
             content = {"step": step, "metrics_bytes": size, "rng": _rng_state(), "snapshot": dict(snapshot)}
             save_checkpoint(self.folder / "checkpoint.pt", content)
@@ -303,7 +309,14 @@ class Run:
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write `done.json`: the run is finished and its final metrics are these."""
         if self.writes:
+            self._flush()  # killed right afterwards, the run is finished and its log whole
             write_json(self.folder / "done.json", metrics)
+
+    def _flush(self) -> None:
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        if self._events is not None:
+            self._events.flush()
 
     def _show(self, step: int) -> None:
         self._bar.update(step - self._bar.n)

@@ -19,14 +19,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from common.config import UserError, require
+from common.config import UserError, parse, require
 from common.runs import Interrupted, read_json, write_json
 
+C = TypeVar("C")
 Progress = Callable[[float], None]
 RunCell = Callable[["Cell", Path, Progress], Sequence[Mapping[str, Any]]]
 
@@ -89,6 +90,14 @@ def scale_arguments(configs: Path, argv: Sequence[str] | None = None) -> list[st
     known = sorted(path.stem for path in configs.glob("*.yaml"))
     require(scale in known, "--scale", scale, f"one of {', '.join(known)}")
     return ["--config", str(configs / f"{scale}.yaml"), "--study.scale", scale, *arguments]
+
+
+def study_config(config_class: type[C], configs: Path, argv: Sequence[str] | None = None) -> C:
+    """The configuration of `python -m <paper>.reproduce --scale NAME ...`, from <paper>/configs/NAME.yaml."""
+    scales = "|".join(name for name in ("smoke", "demo", "cifar", "paper") if (configs / f"{name}.yaml").exists())
+    about = f"Run the study of one scale: --scale {scales} (its YAML in configs/), then any option below."
+    prog = f"python -m {configs.parent.name}.reproduce"
+    return parse(config_class, scale_arguments(configs, argv), prog=prog, description=about)
 
 
 def run_study(

@@ -1,8 +1,8 @@
 """Each paper must work with nothing but common/ beside it: python common/tests/carry_away.py PAPER ...
 
-Copies PAPER/ and common/ to an empty folder and runs the paper's tests there. No process of theirs, however deep, can
-import from this tree: a `sitecustomize` in that folder takes the editable install out of every interpreter's way and
-notes modules that come from here all the same.
+Copies PAPER/ and common/ to an empty folder and runs the paper's tests there, a paper a core. No process of theirs,
+however deep, can import from this tree: a `sitecustomize` in that folder takes the editable install out of every
+interpreter's way and notes modules that come from here all the same.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,8 +45,8 @@ def wait_for_group(group: int, seconds: float = 10) -> None:
             time.sleep(0.05)
 
 
-def carry_away(paper: str) -> str:
-    """Why `paper` fails in an empty folder; empty if it works."""
+def carry_away(paper: str) -> tuple[bool, str]:
+    """Whether `paper` works in an empty folder, and what its tests said or why not."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         away = Path(place) / "away"
         for name in (paper, "common"):
@@ -68,22 +69,24 @@ def carry_away(paper: str) -> str:
         said, _ = tests.communicate()
         wait_for_group(tests.pid)
         if tests.returncode:
-            return f"its tests fail there:\n{said}"
-        found = sorted(set(strays.read_text().split()))
-        return f"it imports from {ROOT}: {', '.join(found)}" if found else ""
+            return False, f"its tests fail there:\n{said}"
+        if found := sorted(set(strays.read_text().split())):
+            return False, f"it imports from {ROOT}: {', '.join(found)}"
+        return True, f"works on its own: {said.strip().splitlines()[-1]}"
 
 
 def main() -> int:
     """One line a paper; 1 if one fails, 2 if there is no such paper."""
-    status = 0
-    for paper in sys.argv[1:]:
+    papers = sys.argv[1:]
+    for paper in papers:
         if not (ROOT / paper / "tests").is_dir():
             print(f"error: {paper}: no such paper in {ROOT}", file=sys.stderr)
             return 2
-        started = time.monotonic()
-        failure = carry_away(paper)
-        print(f"{paper}: {failure or 'works on its own'} ({time.monotonic() - started:.0f} s)")
-        status = 1 if failure else status
+    status = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for paper, (works, told) in zip(papers, pool.map(carry_away, papers), strict=True):
+            print(f"{paper}: {told}", flush=True)
+            status = status if works else 1
     return status
 
 

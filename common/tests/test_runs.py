@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import runs
 from common.config import ConfigError, UserError, command, dump
 from common.runs import (
     CheckpointError,
@@ -322,9 +324,35 @@ def test_a_new_run_leaves_its_configuration_and_environment(tmp_path: Path) -> N
     assert set(there) == {"machine", "versions", "revision", "threads", "date"}
 
 
+def test_a_revision_is_dirty_where_other_files_than_results_were_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tmp_path / "tree"
+    for name in ("common/runs.py", "paper/results/demo.json", "paper/train.py"):
+        write_atomically(tree / name, b"old")
+    git = ["git", "-C", str(tree), "-c", "user.name=n", "-c", "user.email=e"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(runs, "__file__", str(tree / "common" / "runs.py"))
+    revision = environment()["revision"]
+    assert re.fullmatch(r"[0-9a-f]{12}", revision)
+    for name in ("paper/results/demo.json", "paper/new.py"):  # a file that git does not know runs no study
+        (tree / name).write_text("new")
+        assert environment()["revision"] == revision
+    (tree / "paper" / "train.py").write_text("new")
+    assert environment()["revision"] == f"{revision}-dirty"
+
+
 def test_the_revision_is_unknown_where_git_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert environment()["revision"] == "unknown"
+
+
+def test_a_finished_run_has_its_whole_log_even_if_its_process_is_killed_the_moment_after(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        run.log(3, "train", loss=1.0)
+        run.finish({})
+        assert lines(tmp_path / "run") == [{"step": 3, "split": "train", "loss": 1.0}]
 
 
 def test_metrics_written_after_the_checkpoint_are_dropped_on_resuming(tmp_path: Path) -> None:
