@@ -34,7 +34,7 @@ LOOKS_LIKE_ATTENTION = re.compile(r"Attn|Attention|XCA|Parallel\w*Block")
 def find_attentions(model: nn.Module, layers: Sequence[int] | None = None) -> dict[str, nn.Module]:
     """The supported attention modules of `model` by dotted name, in module order.
 
-    CaiT's two class-attention layers are left out, as in the authors' code (spec c.2).
+    CaiT's two class-attention layers are left out, as in the authors' code.
 
     Args:
         model: any module that holds timm attention modules.
@@ -92,6 +92,14 @@ def value_projection(attention: Any) -> tuple[Tensor, Tensor | None]:
     rows = attention.qkv.weight.shape[0] // 3
     bias = attention.qkv.bias  # beit and eva keep their biases outside of the Linear
     return attention.qkv.weight[2 * rows :], getattr(attention, "v_bias", None) if bias is None else bias[2 * rows :]
+
+
+def require_bare_projection(name: str, attention: Any) -> None:
+    """Raise ValueError unless the heads' outputs go straight into the projection, which can then take their scales."""
+    if not isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity):
+        raise ValueError(f"{name} must have no norm between heads and projection, got {attention.norm}")
+    if getattr(attention, "gate", None) is not None:
+        raise ValueError(f"{name} must have no gate between heads and projection, got {attention.gate}")
 
 
 def mask_positions(attention: nn.Module) -> Masks:

@@ -1,4 +1,4 @@
-"""How fast attention, heads and feed-forward shrink the high-frequency part, and bounds on it (Sec. 2.3, spec c.1).
+"""How fast attention, heads and feed-forward shrink the high-frequency part, and bounds on it (the paper's theory).
 
 All are upper bounds on ||HC[f(X)]||_F / ||HC[X]||_F. They say how large HC can be, not that it shrinks. rho is the
 exact factor of one attention map and the measurement; the bounds from logits exceed 1 for realistic trained logits.

@@ -1,4 +1,4 @@
-"""The paper's claims over the rows of the study (arXiv 2203.05962; spec b and i).
+"""The paper's claims (arXiv 2203.05962) over the rows of the study.
 
 A row is one network: cell {arm}, seed, metrics. Arms of one seed share initial weights, order and augmentation, so
 differences are paired. The -control arms have as many equally fast parameters but scale all frequencies alike: only
@@ -11,7 +11,6 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from scipy import stats
 
 from common.claims import Claim, Rows
@@ -19,7 +18,6 @@ from vit_antioversmooth.cost import PAPER_COUNTS
 
 Metrics = Mapping[str, Any]
 Number = Callable[[Metrics], float]
-TRAINED = ("plain", "attnscale", "featscale", "both", "attnscale-control", "featscale-control")
 
 
 def of_arm(rows: Rows, arm: str) -> dict[int, Metrics]:
@@ -111,7 +109,7 @@ def cosines(arm: str, name: str, letters: Sequence[str], statement: str, paper: 
         Claim(
             id=f"C4{letter}",
             statement=f"{statement} (last third of layers, {arm} minus {reference})",
-            source="Fig. 1",
+            source="teaser figure",
             paper=paper if reference == "plain" else "no such control in the paper",
             measure=difference(arm, reference, last_third(name)),
             direction="below",
@@ -125,7 +123,7 @@ CLAIMS = [
     Claim(
         id="C1",
         statement="Softmax attention is a low-pass filter: HC/DC of A^t z vanishes (share of all trained maps)",
-        source="Theorem 1",
+        source="theory",
         paper="every map (theorem; as stated it needs pi^T z != 0)",
         measure=each("plain", lambda metrics: metrics["lowpass_maps"] / metrics["judged_maps"]),
         threshold=1 - 1e-9,
@@ -135,7 +133,7 @@ CLAIMS = [
     Claim(
         id="C2",
         statement="HC after attention, heads, skip and feed-forward stays within the explicit bounds (violations)",
-        source="Theorems 2, 3",
+        source="theory",
         paper="none (theorem)",
         measure=each("plain", lambda metrics: metrics["violations"]),
         threshold=0.5,
@@ -146,7 +144,7 @@ CLAIMS = [
     Claim(
         id="C3",
         statement="Plain ViTs oversmooth with depth: patch cosine rises, HC/DC falls (Spearman, the smaller)",
-        source="Fig. 1",
+        source="teaser figure",
         paper="feature cosine .24 (layer 0) to .57 (24), DeiT-S-24, ImageNet (read from the figure)",
         measure=each("plain", oversmoothing),
         threshold=0.8,
@@ -170,7 +168,7 @@ CLAIMS = [
     Claim(
         id="C4c",
         statement="Causal: last-block HC/DC rises with omega in {0, 1, 4, 20} before any training (smallest rise)",
-        source="Sec. 4.1",
+        source="the method",
         paper="no such experiment",
         measure=each("init", smallest_step),
         interval="worst",
@@ -179,7 +177,7 @@ CLAIMS = [
     Claim(
         id="C4d",
         statement="Causal: without attention skips AttnScale (omega from 20) keeps tokens apart (last patch cosine)",
-        source="Sec. 4.1",
+        source="the method",
         paper="no such experiment",
         measure=difference("noskip-plain", "noskip-attnscale", last("patch_cosine")),
         threshold=0.3,
@@ -222,7 +220,7 @@ CLAIMS = [
         Claim(
             id=f"C7{letter}",
             statement=f"Fine-tuning a trained plain network with fresh {title} beats the same without (test accuracy)",
-            source="Sec. 5.2",
+            source="experiments, CaiT",
             paper="82.6 to 83.2, CaiT-S-24, 60 epochs, ImageNet (recalled, unverified)",
             measure=difference(f"tuned-{arm}", "tuned-plain", accuracy),
         )
@@ -231,7 +229,7 @@ CLAIMS = [
     Claim(
         id="C8a",
         statement="High frequencies are amplified: mean omega above 0 and above its frequency-blind control's",
-        source="Sec. 5.3",
+        source="experiments, learnt scales",
         paper="positive (no number)",
         measure=smaller(
             each("attnscale", mean_scale("omega")), difference("attnscale", "attnscale-control", mean_scale("omega"))
@@ -242,86 +240,10 @@ CLAIMS = [
     Claim(
         id="C8b",
         statement="High frequencies are amplified: mean t above 0 above mean s (the smaller of t and -s)",
-        source="Sec. 5.3",
+        source="experiments, learnt scales",
         paper="positive t (no number)",
         measure=each("featscale", lambda metrics: min(mean_scale("t")(metrics), -mean_scale("s")(metrics))),
         interval="worst",
         unit="scale",
     ),
 ]
-
-
-def draw(rows: Rows) -> dict[str, Figure]:
-    """HC/DC and cosines by layer; learnt scales by layer and head; low-pass curves and bounds."""
-    figures = {"layers": _layers(rows), "scales": _scales(rows), "lowpass": _lowpass(rows)}
-    return {name: figure for name, figure in figures.items() if figure is not None}
-
-
-def _average(rows: Rows, arm: str, name: str) -> Any:
-    """Mean over seeds of a list by layer; None where no row has it."""
-    found = [row["metrics"][name] for row in rows if row["cell"]["arm"] == arm and row["metrics"].get(name)]
-    return np.mean(found, axis=0) if found else None
-
-
-def _layers(rows: Rows) -> Figure | None:
-    arms = [arm for arm in TRAINED if _average(rows, arm, "hc_over_dc") is not None]
-    if not arms:
-        return None
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3)
-    names = ("hc_over_dc", "patch_cosine", "attention_cosine")
-    titles = ("high over low frequencies, HC/DC", "cosine between patches", "cosine between rows of maps")
-    for panel, name, title in zip(panels, names, titles, strict=True):
-        for arm in arms:
-            curve = _average(rows, arm, name)
-            style = f"C{TRAINED.index(arm) % 4 if not arm.endswith('control') else TRAINED.index(arm) - 3}"
-            first = 1 if name == "attention_cosine" else 0
-            line = "--" if arm.endswith("control") else "-"
-            panel.plot(range(first, first + len(curve)), curve, f"{style}{line}", label=arm)
-        panel.set(xlabel="layer", title=title)
-    panels[0].legend(fontsize=7)
-    return figure
-
-
-def _scales(rows: Rows) -> Figure | None:
-    omega, s, t = (_average(rows, *pair) for pair in (("attnscale", "omega"), ("featscale", "s"), ("featscale", "t")))
-    if omega is None and s is None:
-        return None
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    if omega is not None:
-        reach = max(float(np.abs(omega).max()), 1e-9)
-        image = left.imshow(omega.T, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
-        figure.colorbar(image, ax=left)
-        left.set(xlabel="layer", ylabel="head", title="learnt omega (mean over seeds)")
-        left.set_xticks(range(len(omega)), [str(layer) for layer in range(1, len(omega) + 1)])
-        left.set_yticks(range(omega.shape[1]))
-    if s is not None:
-        layers = range(1, len(s) + 1)
-        right.plot(layers, s, "C0o-", label="s (mean token)")
-        right.plot(layers, t, "C1o-", label="t (the rest)")
-        right.axhline(0, color="grey", linewidth=0.8)
-        right.set(xlabel="layer", title="learnt s and t (mean over channels and seeds)")
-        right.legend()
-    return figure
-
-
-def _lowpass(rows: Rows) -> Figure | None:
-    curves = _average(rows, "plain", "lowpass_curves")
-    if curves is None:
-        return None
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for layer, curve in enumerate(curves, 1):
-        left.plot(
-            range(1, len(curve) + 1), curve, color=f"{0.8 * (1 - layer / len(curves)):.2f}", label=f"layer {layer}"
-        )
-    left.set(xlabel="applications of the map", ylabel="log10 HC/DC", title="A^t z of trained maps, layer 1 (light) on")
-    names = ("map_rho", "bound_bd", "bound_colsum", "weights")
-    labels = ("rho, measured", "Bhatia-Davis bound", "column-sum bound", "||Wo Wv|| of a head")
-    values = [mean(row["metrics"][name] for row in rows if row["cell"]["arm"] == "plain") for name in names]
-    right.bar(labels, values, color=("C0", "C1", "C1", "C2"))
-    right.axhline(1, color="grey", linewidth=0.8)
-    right.tick_params(axis="x", labelrotation=20)
-    right.set(yscale="log", ylabel="factor on HC", title="one application: measured and bounds (means)")
-    return figure

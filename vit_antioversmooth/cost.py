@@ -14,7 +14,7 @@ from vit_antioversmooth.attnscale import apply_attnscale
 from vit_antioversmooth.featscale import apply_featscale
 from vit_antioversmooth.scales import scale_parameters
 
-# timm name, depth (0: its own); AttnScale's and FeatScale's parameters by the authors' code (spec b, C6)
+# timm name, depth (0: its own); AttnScale's and FeatScale's parameters by the authors' code
 PAPER_COUNTS = {
     "DeiT-S-12": ("deit_small_patch16_224", 0, 72, 9216),
     "DeiT-S-24": ("deit_small_patch16_224", 24, 144, 18432),
@@ -45,7 +45,7 @@ def step_time_ratios(
 
     Args:
         models: by name, the plain one first; they are trained on `images` meanwhile.
-        images: (batch, channels, height, width).
+        images: (batch, channels, height, width), on the models' device.
         classes: of the labels.
         repeats: timed steps of each.
     """
@@ -66,6 +66,8 @@ def step_time_ratios(
         for name in list(steps)[:: 1 if repeat % 2 else -1]:
             start = time.perf_counter()
             steps[name]()
+            if images.is_cuda:
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     base = times[next(iter(steps))]
     return {name: median(own / plain for own, plain in zip(spent, base, strict=True)) for name, spent in times.items()}

@@ -4,7 +4,6 @@ Writes eval.json into the run's folder: test accuracy; by layer frequencies, cos
 test images; the learnt scales; for a plain vision transformer also the paper's theorems, map by map.
 """
 
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,58 +12,45 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from common.config import ConfigError, command, parse, require
-from common.config import load as load_config
+from common.config import command
 from common.data import ImageSet, in_order, load, pixels
-from common.runs import CheckpointError, load_checkpoint, read_json, write_json
+from common.experiment import Progress, accuracy, device, eval_command, finished_run, load_weights
+from common.runs import load_checkpoint, read_json, write_json
 from vit_antioversmooth.attnscale import AttnScale
 from vit_antioversmooth.probe import FrequencyProbe
 from vit_antioversmooth.scales import scale_modules
 from vit_antioversmooth.settings import Config
 from vit_antioversmooth.theory_check import bound_violations, lowpass_share
-from vit_antioversmooth.train import accuracy, network, normalizer
+from vit_antioversmooth.train import network
 
 Metrics = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class EvalArguments:
-    """Which run to measure."""
-
-    folder: str = ""
-    """of a finished run of train.py"""
-
-    def __post_init__(self) -> None:
-        require(bool(self.folder), "folder", self.folder, "the folder of a run")
-
-
-def evaluate(folder: Path) -> Metrics:
+def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
     """Metrics of the finished run in `folder`, kept in eval.json and read from there.
+
+    Args:
+        folder: of the run.
+        progress: called with the finished fraction in [0, 1].
 
     Raises:
         ConfigError: if the run is not there or not finished; CheckpointError: if its weights are damaged.
     """
-    if not (folder / "config.yaml").exists():
-        raise ConfigError(f"{folder}: no such run (it has no config.yaml)")
-    if not (folder / "done.json").exists():
-        raise ConfigError(f"{folder}: this run is not finished; run train.py with its configuration again")
+    config = finished_run(folder, Config)
     if (folder / "eval.json").exists():
         return read_json(folder / "eval.json")
-    config = load_config(Config, folder / "config.yaml")
     splits = load(config.data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = folder / "model.pt"
     content = load_checkpoint(path)
-    model = network(config, splits.train).to(device)
+    model = network(config, splits.train).to(device())
     metrics: Metrics = {}
-    for name in ("average", "model"):  # the moving average first: the weights stay for what follows
-        if name == "average" and not config.train.ema:
-            continue
-        try:
-            model.load_state_dict(content[name])
-        except (KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: not the weights of this run's network") from error
-        metrics["test_accuracy" if name == "model" else "average_accuracy"] = accuracy(model, splits.test, config)
+    if config.train.ema:  # the moving average first: the weights stay for what follows
+        load_weights(model, content, path, "average")
+        metrics["average_accuracy"] = accuracy(model, splits.test, config.model.normalize, config.eval.batch_size)
+    load_weights(model, content, path)
+    metrics["test_accuracy"] = accuracy(model, splits.test, config.model.normalize, config.eval.batch_size)
+    if progress is not None:
+        progress(0.5)
     metrics |= measure(model, splits.test, config)
     write_json(folder / "eval.json", metrics)
     return metrics
@@ -98,7 +84,7 @@ def first_images(model: nn.Module, test: ImageSet, config: Config, count: int) -
     """The network's inputs for the first `count` test images, on its device."""
     needed = -(-count // config.eval.batch_size)
     raw = torch.cat([images for images, _ in islice(in_order(test, config.eval.batch_size), needed)])[:count]
-    return normalizer(config)(pixels(raw.to(next(model.parameters()).device)))
+    return config.model.normalize(pixels(raw.to(next(model.parameters()).device)))
 
 
 def learnt_scales(model: nn.Module) -> Metrics:
@@ -115,14 +101,15 @@ def learnt_scales(model: nn.Module) -> Metrics:
 
 def main() -> None:
     """The command line."""
-    arguments = parse(
-        EvalArguments, prog="python vit_antioversmooth/eval.py", description=(__doc__ or "").splitlines()[0]
-    )
-    metrics = evaluate(Path(arguments.folder))
-    print(f"test accuracy {metrics['test_accuracy']:.2f} %")
-    print("layer   HC/DC   patch cosine")
-    for layer, pair in enumerate(zip(metrics["hc_over_dc"], metrics["patch_cosine"], strict=True)):
-        print(f"{layer:5d} {pair[0]:7.2f} {pair[1]:14.2f}")
+
+    def summary(metrics: Metrics, config: Config) -> str:
+        layers = enumerate(zip(metrics["hc_over_dc"], metrics["patch_cosine"], strict=True))
+        return "\n".join(
+            [f"test accuracy {metrics['test_accuracy']:.2f} %", "layer   HC/DC   patch cosine"]
+            + [f"{layer:5d} {hc:7.2f} {cosine:14.2f}" for layer, (hc, cosine) in layers]
+        )
+
+    eval_command(__file__, Config, evaluate, summary)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""FeatScale (Sec. 4.2): rescale the token mean and the rest of every attention block's output, channel by channel.
+"""FeatScale: rescale the token mean and the rest of every attention block's output, channel by channel.
 
     y' = y + s DC[y] + t HC[y] = (1 + t) y + (s - t) mean(y)
 

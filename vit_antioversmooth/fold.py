@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from vit_antioversmooth.attentions import block_of, find_attentions, value_projection
+from vit_antioversmooth.attentions import block_of, find_attentions, require_bare_projection, value_projection
+from vit_antioversmooth.attnscale import by_channel
 from vit_antioversmooth.featscale import featscale
 from vit_antioversmooth.scales import remove_scales
 
@@ -87,10 +88,7 @@ def fold_(model: nn.Module) -> nn.Module:
             continue
         if attnscale.blind:
             raise ValueError(f"{name} must have AttnScale to be folded, got its frequency-blind control")
-        if not isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity):
-            raise ValueError(f"{name} must have no norm between heads and projection, got {attention.norm}")
-        if getattr(attention, "gate", None) is not None:
-            raise ValueError(f"{name} must have no gate between heads and projection, got {attention.gate}")
+        require_bare_projection(name, attention)
     if not any(scale is not None for pair in scales.values() for scale in pair):
         raise ValueError("model must have AttnScale or FeatScale to be folded, got none")
     folded = {name: _folded(attentions[name], *pair) for name, pair in scales.items() if pair != (None, None)}
@@ -116,8 +114,7 @@ def _folded(attention: Any, attnscale: Any, feat: Any) -> FoldedAttention:
             value = heads.repeat_interleave(groups, dim=0).flatten(0, 1)
             if value_bias is not None:
                 value_bias = value_bias.unflatten(0, (-1, attention.head_dim)).repeat_interleave(groups, 0).flatten()
-        w = attnscale.omega.repeat_interleave(out.in_features // len(attnscale.omega))
-        scaled = out.weight * w
+        scaled = out.weight * by_channel(attnscale.omega, out.in_features)
         mean_map = scaled @ value
         weight, bias = out.weight + scaled, torch.zeros_like(out.weight[:, 0]) if out.bias is None else out.bias
         if value_bias is not None:

@@ -1,4 +1,4 @@
-"""Direct-current and high-frequency parts of token sequences (Sec. 2.2), and how alike tokens are.
+"""Direct-current and high-frequency parts of token sequences, and how alike tokens are.
 
 The DC part of x is its mean over tokens, repeated; the HC part is the rest. That is the DFT along tokens with only, or
 without, bin 0. Self-attention shrinks HC against DC; that ratio is what to watch.

@@ -32,7 +32,7 @@ def small_vit(
 ) -> VisionTransformer:
     """A class-token ViT with xavier ("jax") initial weights, drawn now from the global generator.
 
-    timm's default initialisation (standard deviation .02) leaves attention uniform at this width (spec i).
+    timm's default initialisation (standard deviation .02) leaves attention uniform at this width.
     """
     return VisionTransformer(
         img_size=image_size,

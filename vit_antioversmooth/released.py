@@ -23,7 +23,7 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Tensor], featscale_
         model: the timm counterpart of the released network.
         state_dict: keys may carry `module.` in front; a plain checkpoint may leave out the scales, and nothing else.
         featscale_count: how often the code that made the weights adds FeatScale's correction: 2 for the released DeiT
-            block (s = 2 lamb1, t = 2 lamb2), 1 for CaiT and Swin (spec f.1).
+            block (s = 2 lamb1, t = 2 lamb2), 1 for CaiT and Swin.
 
     Raises:
         ValueError: if featscale_count is neither 1 nor 2, or a key or a shape does not fit; the model then computes

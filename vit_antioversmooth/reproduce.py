@@ -14,13 +14,15 @@ from typing import Any
 import torch
 
 from common.claims import report
-from common.config import command, dump, parse
+from common.config import command, dump
 from common.data import load
+from common.experiment import device
 from common.runs import seed_everything
-from common.study import Cell, run_study, scale_arguments
-from vit_antioversmooth.claims import CLAIMS, draw
+from common.study import Cell, run_study, study_config
+from vit_antioversmooth.claims import CLAIMS
 from vit_antioversmooth.cost import PAPER_COUNTS, added_parameters, step_time_ratios
 from vit_antioversmooth.eval import evaluate, first_images, probed
+from vit_antioversmooth.figures import draw
 from vit_antioversmooth.settings import Config, ScaleStudy
 from vit_antioversmooth.train import network, train
 
@@ -87,28 +89,27 @@ def measure_untrained(config: Config) -> dict[str, Any]:
                 scales = replace(config.scales, method="attnscale", blind=False, init=omega)
                 seed_everything(config.seed)
                 model = network(replace(config, model=replace(config.model, skip=skip), scales=scales), splits.train)
-                doses[name].append(probed(model.eval(), splits.test, config, ("hc",))["hc_over_dc"][-1])
+                ratios = probed(model.eval().to(device()), splits.test, config, ("hc",))["hc_over_dc"]
+                doses[name].append(ratios[-1])
     models = {}
     for method in ("plain", "attnscale", "featscale"):
         seed_everything(config.seed)
-        models[method] = network(arm_config(config, method), splits.train)
+        models[method] = network(arm_config(config, method), splits.train).to(device())
     with torch.no_grad():
         images = first_images(models["plain"], splits.test, config, config.train.batch_size)
-    ratios = step_time_ratios(models, images, splits.train.classes)
+    times = step_time_ratios(models, images, splits.train.classes)
     counts = {name: list(added_parameters(timm_name, depth)) for name, (timm_name, depth, *_) in PAPER_COUNTS.items()}
     return {
         **doses,
         "added_parameters": counts,
-        "attnscale_step_ratio": ratios["attnscale"],
-        "featscale_step_ratio": ratios["featscale"],
+        "attnscale_step_ratio": times["attnscale"],
+        "featscale_step_ratio": times["featscale"],
     }
 
 
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
-    prog = "python -m vit_antioversmooth.reproduce"
-    description = "Run the study of one scale: --scale smoke|demo|cifar (its YAML in configs/), then any option below."
-    config = parse(Config, scale_arguments(HERE / "configs", arguments), prog=prog, description=description)
+    config = study_config(Config, HERE / "configs", arguments)
     cells = [Cell({"arm": arm}, seed) for seed in config.study.seeds for arm in config.study.arms]
     # Of the study only what a cell depends on: with more seeds or workers finished cells are found again.
     kept = {field: getattr(config.study, field) for field in CELL_FIELDS}

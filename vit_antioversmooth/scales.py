@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from vit_antioversmooth.attnscale import AttnScale
+from vit_antioversmooth.attnscale import AttnScale, remove_hooks
 from vit_antioversmooth.featscale import FeatScale
 
 UNDECAYED = ("pos_embed", "cls_token", "dist_token", "reg_token")
@@ -33,7 +33,7 @@ def param_groups(
         lr: base learning rate; each group also keeps its own as "initial_lr".
         weight_decay: of the first group.
         scale_lr_mult: the scales learn at lr * scale_lr_mult. 1 at the paper's scale; AdamW moves a parameter by at
-            most the sum of all learning rates, so short runs need more for the scales to move at all (spec i).
+            most the sum of all learning rates, so short runs need more for the scales to move at all.
     """
     scales = {id(parameter) for parameter in scale_parameters(model)}
     own: Any = getattr(model, "no_weight_decay", set)
@@ -62,9 +62,10 @@ def param_groups(
 def remove_scales(model: nn.Module) -> None:
     """Take every scale and its hooks out of `model`, in place: it is as it was before, bit for bit."""
     for name, scale in list(scale_modules(model)):
-        for handle in scale.handles:
-            handle.remove()
         owner = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(scale, AttnScale) and scale.fused_before is not None:
-            owner.fused_attn = scale.fused_before  # type: ignore[assignment]
+        if isinstance(scale, AttnScale):
+            remove_hooks(owner, scale)
+        else:
+            for handle in scale.handles:
+                handle.remove()
         delattr(owner, name.rpartition(".")[2])

@@ -7,6 +7,7 @@ import timm
 
 from common.config import require
 from common.data import DataConfig
+from common.experiment import InputConfig
 from common.runs import RunConfig
 from common.study import StudyConfig
 
@@ -24,7 +25,7 @@ ARMS = (
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(InputConfig):
     """The network."""
 
     name: str = "vit"
@@ -49,11 +50,9 @@ class ModelConfig:
     """start from this file: model.pt of a run, or a state dict (.safetensors, .pth), timm's or the authors' names"""
     featscale_count: int = 1
     """how often the code behind `weights` adds FeatScale: 2 for released DeiT weights, else 1"""
-    mean: list[float] = field(default_factory=lambda: [0.0])
-    """the network sees (pixels - mean) / std, by channel"""
-    std: list[float] = field(default_factory=lambda: [1.0])
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.name == "vit" or timm.is_model(self.name), "model.name", self.name, "vit or a timm model")
         require(self.heads >= 1, "model.heads", self.heads, "at least 1")
         require(self.dim >= 1 and self.dim % self.heads == 0, "model.dim", self.dim, "a multiple of model.heads")
@@ -66,8 +65,6 @@ class ModelConfig:
         fits = not (self.pretrained and (self.weights or self.name == "vit"))
         require(fits, "model.pretrained", self.pretrained, "false for vit and beside model.weights")
         require(self.featscale_count in (1, 2), "model.featscale_count", self.featscale_count, "1 or 2")
-        require(len(self.mean) == len(self.std) > 0, "model.std", self.std, "as many numbers as model.mean")
-        require(all(value > 0 for value in self.std), "model.std", self.std, "positive")
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,18 @@ Data-parallel: torchrun --nproc_per_node=N vit_antioversmooth/train.py --config 
 
 import copy
 import math
-import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from common import distributed
-from common.config import ConfigError, command, parse, require
-from common.data import ImageSet, Splits, batches, in_order, load, pixels, steps_per_epoch
+from common.config import ConfigError, command, require
+from common.data import ImageSet, Splits, batches, load, pixels, steps_per_epoch
+from common.experiment import accuracy, train_command
 from common.runs import CheckpointError, Run, generator, load_checkpoint, read_json, save_checkpoint, seed_everything
 from vit_antioversmooth.attnscale import apply_attnscale
 from vit_antioversmooth.augment import erase, mix, roll, soft_labels
@@ -62,14 +61,13 @@ def _fit(config: Config, run: Run, splits: Splits, model: nn.Module, per_epoch: 
             average.load_state_dict(saved["average"])
         start = saved["step"]
     forward = torch.compile(model) if options.compile else model
-    normalize = normalizer(config)
+    normalize = config.model.normalize
     position = start
 
     def snapshot() -> dict[str, Any]:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": position}
         return state if average is None else {**state, "average": average.state_dict()}
 
-    final: dict[str, float] = {}
     stream = batches(splits.train, options.batch_size, config.data, seed=config.seed, step=start)
     for step in run.steps(start, total, snapshot):
         images, labels = (tensor.to(device, non_blocking=True) for tensor in next(stream))
@@ -97,14 +95,13 @@ def _fit(config: Config, run: Run, splits: Splits, model: nn.Module, per_epoch: 
 
         position = step + 1
         if position % per_epoch == 0:
-            final = {"loss": distributed.mean(loss.item())}
-            final["accuracy"] = 100 * distributed.mean((logits.argmax(1) == labels).float().mean().item())
-            run.log(position, "train", epoch=position // per_epoch, **final)
+            right = 100 * distributed.mean((logits.argmax(1) == labels).float().mean().item())
+            run.log(position, "train", epoch=position // per_epoch, loss=distributed.mean(loss.item()), accuracy=right)
             if len(splits.val):
-                run.log(position, "val", val_accuracy=accuracy(model, splits.val, config))
+                run.log(position, "val", val_accuracy=_val_accuracy(config, model, splits))
     metrics: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "scales": scale_count(model)}
     if len(splits.val):
-        metrics["val_accuracy"] = accuracy(model, splits.val, config)
+        metrics["val_accuracy"] = _val_accuracy(config, model, splits)
     if run.writes:
         content = {"model": model.state_dict()}
         content.update({} if average is None else {"average": average.state_dict()})
@@ -122,13 +119,7 @@ def network(config: Config, data: ImageSet) -> nn.Module:
         ConfigError: where sizes do not fit; CheckpointError: where model.weights does not.
     """
     model, scales = config.model, config.scales
-    if isinstance(data.images, Tensor):
-        _, channels, size, width = data.images.shape
-    else:
-        channels, size, width = 3, config.data.size, config.data.size
-    require(size == width, "data", (size, width), "square images")
-    fits = len(model.mean) in (1, channels)
-    require(fits, "model.mean", model.mean, f"as many numbers as the images' {channels} channels, or one")
+    channels, size = model.image_shape(data)
     dropout: dict[str, Any] = {"drop": model.drop, "drop_path": model.drop_path}
     if model.name == "vit":
         require(size % model.patch == 0, "model.patch", model.patch, f"a divisor of the images' side {size}")
@@ -161,17 +152,11 @@ def network(config: Config, data: ImageSet) -> nn.Module:
     return net
 
 
-def normalizer(config: Config) -> Callable[[Tensor], Tensor]:
-    """Map from pixels in [0, 1] to the network's inputs."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.model.mean, config.model.std))
-    return lambda raw: (raw - mean.to(raw)) / std.to(raw)
-
-
 def learning_rate(config: Config, step: int, per_epoch: int) -> float:
     """Learning rate of the weights in step `step`: warm-up in a straight line, then half a cosine to min_lr.
 
     With schedule epochs, epoch e uses the value of epoch max(e - 1, 0) and the cosine counts from epoch 0: the released
-    code steps its scheduler with the epoch just finished (spec e).
+    code steps its scheduler with the epoch just finished.
     """
     options = config.train
     if options.schedule == "epochs":
@@ -187,20 +172,13 @@ def learning_rate(config: Config, step: int, per_epoch: int) -> float:
     return options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, data: ImageSet, config: Config) -> float:
-    """Top-1 accuracy in percent, in eval mode."""
-    model.eval()
-    normalize, device, correct = normalizer(config), next(model.parameters()).device, 0
-    for images, labels in in_order(data, config.eval.batch_size):
-        logits = model(normalize(pixels(images.to(device))))
-        correct += int((logits.argmax(1) == labels.to(device)).sum())
-    return 100 * correct / max(len(data), 1)
-
-
 def scale_count(model: nn.Module) -> int:
     """Number of scale parameters."""
     return sum(parameter.numel() for parameter in scale_parameters(model))
+
+
+def _val_accuracy(config: Config, model: nn.Module, splits: Splits) -> float:
+    return accuracy(model, splits.val, config.model.normalize, config.eval.batch_size)
 
 
 @torch.no_grad()
@@ -236,15 +214,11 @@ def _read_weights(net: nn.Module, path: Path, featscale_count: int) -> None:
 
 def main() -> None:
     """The command line."""
-    config = parse(Config, prog="python vit_antioversmooth/train.py", description=(__doc__ or "").splitlines()[0])
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    folder = Path(config.run.folder or f"runs/vit_antioversmooth/{config.scales.method}-seed{config.seed}")
-    metrics = train(config, folder)
-    if int(os.environ.get("RANK", 0)):
-        return
-    print(f"{metrics['parameters']:,} parameters, {metrics['scales']:,} of them scales")
-    print(f"finished in {folder}; next: {sys.executable} vit_antioversmooth/eval.py --folder {folder}")
+
+    def summary(metrics: Mapping[str, Any]) -> str:
+        return f"{metrics['parameters']:,} parameters, {metrics['scales']:,} of them scales"
+
+    train_command(__file__, Config, train, lambda config: f"{config.scales.method}-seed{config.seed}", summary)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """AttnScale without the attention map against the map form and against plain fused attention; fold_ at inference.
 
 One DeiT-S block: time of forward and backward, bytes saved for backward by its attention, as ratios to the plain block
-in the same repeat, over the number of tokens. Fails where, at 197 tokens, AttnScale takes over 1.05 times the plain
-step or saves more than 1.3 times its bytes, where the map form saves less than 2.5 times what AttnScale does, or where
-a folded block takes more than 1.01 times the plain one at inference.
+in the same repeat, over the number of tokens (kB are those of one image); then targets, met or missed. Exit status 1
+where one is missed. "folded" is apply_attnscale(mode="folded"), "map" its mode="reference", the authors' form.
+About a minute on two idle cores.
 
 python vit_antioversmooth/benchmarks/attnscale_step.py
 """
@@ -28,18 +28,27 @@ REPEATS = 9
 DIM, HEADS = 384, 6
 TOKENS = {65: 8, 197: 8, 577: 2, 1025: 2}  # tokens: images
 JUDGED = 197
-MOST_TIME, MOST_BYTES, LEAST_SAVING, MOST_FOLDED = 1.05, 1.3, 2.5, 1.01
+FORMS = {
+    "plain": "plain, fused",
+    "auto": "AttnScale",
+    "folded": "AttnScale, folded",
+    "reference": "AttnScale, map",
+    "featscale": "FeatScale",
+}
+Ratios = dict[str, float]
 
 
 def block(form: str) -> nn.Module:
     """One block in one of the forms; scales are not zero."""
     torch.manual_seed(0)
     model = Block(DIM, HEADS, qkv_bias=True)
-    if form in ("attnscale", "map", "both", "folded"):
-        apply_attnscale(model, init=0.3, mode="reference" if form == "map" else "auto")
-    if form in ("featscale", "both", "folded"):
+    if form in ("auto", "folded", "reference"):
+        apply_attnscale(model, init=0.3, mode=form)  # type: ignore[arg-type]
+    elif form in ("both", "inference"):
+        apply_attnscale(model, init=0.3)
+    if form in ("featscale", "both", "inference"):
         apply_featscale(model, init=(0.1, 0.2))
-    return fold_(model.eval()) if form == "folded" else model
+    return fold_(model.eval()) if form == "inference" else model
 
 
 def saved_bytes(attention: nn.Module, x: Tensor) -> int:
@@ -58,12 +67,12 @@ def saved_bytes(attention: nn.Module, x: Tensor) -> int:
     return sum(storages.values())
 
 
-def ratios(works: dict[str, Callable[[], None]]) -> dict[str, float]:
+def ratios(works: dict[str, Callable[[], None]], repeats: int = REPEATS) -> Ratios:
     """Median over the repeats of each time over the first one's in the same repeat; interleaved, in turning order."""
     times: dict[str, list[float]] = {form: [] for form in works}
     for work in works.values():
         work()
-    for repeat in range(REPEATS):
+    for repeat in range(repeats):
         for form in list(works)[:: 1 if repeat % 2 else -1]:
             start = time.perf_counter()
             works[form]()
@@ -72,55 +81,68 @@ def ratios(works: dict[str, Callable[[], None]]) -> dict[str, float]:
     return {form: median(own / plain for own, plain in zip(spent, base, strict=True)) for form, spent in times.items()}
 
 
-def main() -> int:
-    """Print the tables; 1 where a ratio is not as it should be."""
-    torch.set_num_threads(THREADS)
-    wrong = []
-    forms = {"plain": "plain, fused", "attnscale": "AttnScale", "featscale": "FeatScale", "map": "AttnScale on the map"}
-    table = Table("tokens", "form", "step time, ratio", "saved by attention, MB", "ratio")
-    table.title = f"DeiT-S block, {THREADS} threads, medians of {REPEATS}"
-    for tokens, batch in TOKENS.items():
-        x = torch.randn(batch, tokens, DIM, requires_grad=True)
-        models = {form: block(form) for form in forms}
+def training(tokens: int, images: int) -> tuple[Ratios, Ratios]:
+    """Time of forward and backward over the plain block's, and bytes saved by the attention, of every form."""
+    x = torch.randn(images, tokens, DIM, requires_grad=True)
+    models = {form: block(form) for form in FORMS}
 
-        def step(model: nn.Module, x: Tensor = x) -> None:
-            model.zero_grad()
-            model(x).sum().backward()
+    def step(model: nn.Module) -> None:
+        model.zero_grad()
+        model(x).sum().backward()
 
-        times = ratios({form: lambda model=model: step(model) for form, model in models.items()})  # type: ignore[misc]
-        saved = {form: saved_bytes(model.attn, x) for form, model in models.items()}
-        for form, words in forms.items():
-            numbers = (f"{times[form]:.3f}", f"{saved[form] / 1e6:.1f}", f"{saved[form] / saved['plain']:.2f}")
-            table.add_row(str(tokens), words, *numbers)
-        if tokens == JUDGED:
-            if times["attnscale"] > MOST_TIME:
-                wrong.append(f"step time of AttnScale must be at most {MOST_TIME}, got {times['attnscale']:.3f}")
-            if saved["attnscale"] > MOST_BYTES * saved["plain"]:
-                ratio = saved["attnscale"] / saved["plain"]
-                wrong.append(f"saved bytes of AttnScale must be at most {MOST_BYTES} of plain, got {ratio:.2f}")
-            if saved["map"] < LEAST_SAVING * saved["attnscale"]:
-                ratio = saved["map"] / saved["attnscale"]
-                wrong.append(f"the map form must save at least {LEAST_SAVING} times the bytes, got {ratio:.2f}")
-    Console().print(table)
+    times = ratios({form: lambda model=model: step(model) for form, model in models.items()})  # type: ignore[misc]
+    return times, {form: saved_bytes(model.attn, x) for form, model in models.items()}
 
-    table = Table("form", "inference time, ratio", title=f"the same block at {JUDGED} tokens without gradients")
+
+def inference() -> Ratios:
+    """Time of the block at JUDGED tokens without gradients over the plain one's."""
     x = torch.randn(TOKENS[JUDGED], JUDGED, DIM)
-    models = {form: block(form).eval() for form in ("plain", "both", "folded")}
+    models = {form: block(form).eval() for form in ("plain", "both", "inference")}
 
     def infer(model: nn.Module) -> None:
         with torch.no_grad():
             for _ in range(3):
                 model(x)
 
-    times = ratios({form: lambda model=model: infer(model) for form, model in models.items()})  # type: ignore[misc]
-    for form, words in (("plain", "plain"), ("both", "AttnScale and FeatScale"), ("folded", "the same, folded")):
-        table.add_row(words, f"{times[form]:.3f}")
-    if times["folded"] > MOST_FOLDED:
-        wrong.append(f"inference time of a folded block must be at most {MOST_FOLDED}, got {times['folded']:.3f}")
-    Console().print(table)
-    for line in wrong:
-        print(f"error: {line}", file=sys.stderr)
-    return 1 if wrong else 0
+    return ratios({form: lambda model=model: infer(model) for form, model in models.items()}, 3 * REPEATS)  # type: ignore[misc]
+
+
+def main() -> int:
+    """Print tables and targets; 1 where one is missed."""
+    torch.set_num_threads(THREADS)
+    console = Console()
+    times, saved = {}, {}
+    table = Table("tokens", "form", "step time", "saved, MB", "saved, ratio", "kB a token")
+    table.title = f"training a DeiT-S block, {THREADS} threads, medians of {REPEATS}; saved by its attention"
+    for tokens, images in TOKENS.items():
+        times[tokens], saved[tokens] = training(tokens, images)
+        for form, words in FORMS.items():
+            kept = saved[tokens][form]
+            numbers = (kept / 1e6, kept / saved[tokens]["plain"], kept / 1e3 / tokens / images)
+            row = [f"{number:.{digits}f}" for number, digits in zip(numbers, (1, 2, 1), strict=True)]
+            table.add_row(str(tokens), words, f"{times[tokens][form]:.3f}", *row)
+        table.add_section()
+    console.print(table)
+
+    folded = inference()
+    table = Table("form", "inference time, ratio", title=f"the same block at {JUDGED} tokens without gradients")
+    for form, words in (("plain", "plain"), ("both", "AttnScale and FeatScale"), ("inference", "the same, fold_")):
+        table.add_row(words, f"{folded[form]:.3f}")
+    console.print(table)
+
+    kept = saved[JUDGED]
+    targets = {
+        "step time of AttnScale over plain": (times[JUDGED]["auto"], "<=", 1.05),
+        "saved bytes of AttnScale over plain": (kept["auto"] / kept["plain"], "<=", 1.3),
+        "saved bytes of the map form over AttnScale": (kept["reference"] / kept["auto"], ">=", 2.5),
+        "inference time after fold_ over plain": (folded["inference"], "<=", 1.01),
+    }
+    met = {name: value <= limit if sign == "<=" else value >= limit for name, (value, sign, limit) in targets.items()}
+    table = Table("target", "measured", "limit", "", title=f"targets at {JUDGED} tokens")
+    for name, (value, sign, limit) in targets.items():
+        table.add_row(name, f"{value:.3f}", f"{sign} {limit}", "met" if met[name] else "missed")
+    console.print(table)
+    return 0 if all(met.values()) else 1
 
 
 if __name__ == "__main__":

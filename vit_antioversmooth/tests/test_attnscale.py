@@ -9,7 +9,7 @@ from timm.models.cait import TalkingHeadAttn
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from vit_antioversmooth.attnscale import apply_attnscale, attnscale_combine, attnscale_reference
+from vit_antioversmooth.attnscale import MODES, apply_attnscale, attnscale_combine, attnscale_reference
 from vit_antioversmooth.frequency import hc
 from vit_antioversmooth.scales import scale_parameters
 from vit_antioversmooth.tests import nets
@@ -48,7 +48,7 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("name", list(ATTENTIONS))
-@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_outputs_and_gradients_are_those_of_the_authors_code(name: str, mode: str, dtype: torch.dtype) -> None:
     attention, arrays = scaled(name, dtype, mode)
@@ -120,7 +120,7 @@ def test_omega_is_shared_over_heads_or_layers_where_asked() -> None:
     assert counts == {"none": [(3,)] * 3, "heads": [(1,)] * 3, "layers": [(3,)]}
 
 
-@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_frequency_blind_control_scales_the_whole_map(mode: str) -> None:
     block = Block(Attention(24, num_heads=3)).double()
     x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from common.claims import judge
-from vit_antioversmooth.claims import CLAIMS, draw
+from vit_antioversmooth.claims import CLAIMS
 from vit_antioversmooth.cost import PAPER_COUNTS
+from vit_antioversmooth.figures import draw
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
 

@@ -52,6 +52,14 @@ def test_in_single_precision_outputs_agree_to_1e_5(name: str) -> None:
         assert torch.allclose(fold_(model)(x), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
+def test_a_model_in_the_folded_form_of_training_folds_too() -> None:
+    model, x = nets.build("plain").double(), nets.images("plain").double()
+    apply_attnscale(model, mode="folded")
+    nets.randomize(model)
+    expected = model(x)
+    assert torch.allclose(fold_(model)(x), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_a_layer_without_scales_stays_the_object_it_was() -> None:
     model = nets.build("plain")
     apply_attnscale(model, layers=[1], init=0.5)

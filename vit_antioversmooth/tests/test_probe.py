@@ -141,6 +141,16 @@ def test_all_maps_of_a_net_are_low_pass_and_no_bound_is_violated() -> None:
     assert bound_violations(model, x)["violations"] == 0
 
 
+def test_where_tokens_have_collapsed_rounding_is_no_violation_and_all_numbers_are_finite() -> None:
+    model = nets.build("plain")
+    for block in model.blocks:
+        block.attn.qkv.weight.data[:24] = 0  # queries: uniform maps, whose factor and bound are 0
+        block.attn.qkv.bias.data[:24] = 0
+    numbers = bound_violations(model, nets.images("plain"))
+    assert numbers["bound_bd"] == 0 and numbers["violations"] == 0 and numbers["tightest"] <= 1
+    assert all(torch.tensor(value).isfinite() for value in numbers.values())
+
+
 def test_a_factor_above_its_bound_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     import vit_antioversmooth.theory_check as theory
 

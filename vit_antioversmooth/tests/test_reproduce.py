@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torch import nn
 
-from common.config import ConfigError, parse
+from common.config import parse
+from common.data import load
 from common.study import Cell, scale_arguments
-from common.tests import children
+from common.tests.paper_checks import (
+    check_a_killed_study_goes_on,
+    check_a_second_call_runs_nothing,
+    check_report,
+    check_study_refuses,
+    report,
+    rows,
+    study_options,
+)
+from vit_antioversmooth import reproduce as reproduction
 from vit_antioversmooth.claims import CLAIMS
+from vit_antioversmooth.cost import PAPER_COUNTS
 from vit_antioversmooth.reproduce import HERE, TUNED, arm_config, reproduce, run_cell
 from vit_antioversmooth.settings import ARMS, Config, ScaleConfig
+from vit_antioversmooth.train import network, scale_count
 
 FASTER = ["--train.epochs", "1", "--data.fraction", "0.02", "--model.depth", "2"]
 STUDIED = ["--study.arms", "[plain, init]"]
 SEEDS = [0, 1]
 CONFIGS = HERE / "configs"
-
-
-def options(place: Path) -> list[str]:
-    return ["--scale", "smoke", "--study.runs", f"{place}/runs", "--study.results", f"{place}/results", *FASTER]
-
-
-def report(place: Path) -> dict[str, Any]:
-    return json.loads((place / "results" / "smoke.json").read_text())
-
-
-def rows(place: Path) -> list[dict[str, Any]]:
-    """The rows without the only numbers that may differ: times."""
-    found = report(place)["rows"]
-    for row in found:
-        row["metrics"] = {name: value for name, value in row["metrics"].items() if not name.endswith("_ratio")}
-    return found
-
-
-def moments(place: Path) -> dict[str, int]:
-    """When each file of the cells was last written."""
-    return {str(path): path.stat().st_mtime_ns for path in (place / "runs").rglob("*") if path.is_file()}
+PAPER_STUDIES = {
+    "paper": "DeiT-S-24",
+    "paper_deit_s12_plain": "DeiT-S-12",
+    "paper_cait_s24_plain_ft": "CaiT-S-24",
+    "paper_swin_s_plain": "Swin-S",
+}
 
 
 class Study(NamedTuple):
@@ -53,7 +52,7 @@ class Study(NamedTuple):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     place = tmp_path_factory.mktemp("study")
-    return Study(place, reproduce([*options(place), *STUDIED]))
+    return Study(place, reproduce([*study_options(place), *FASTER, *STUDIED]))
 
 
 def test_the_study_has_one_row_for_every_network_at_every_seed(study: Study) -> None:
@@ -94,36 +93,70 @@ def test_controls_are_blind_and_arms_without_skip_have_their_own_size() -> None:
 
 def test_every_claim_is_judged_on_every_seed_or_for_want_of_rows_on_none(study: Study) -> None:
     judged = report(study.place)["claims"]
-    assert [claim["id"] for claim in judged] == [claim.id for claim in CLAIMS]
-    assert {claim["verdict"] for claim in judged} <= {"held", "not held", "inconclusive"}
     assert {len(claim["values"]) for claim in judged} == {0, len(SEEDS)}
     verdicts = {claim["id"]: claim["verdict"] for claim in judged}
     assert (verdicts["C1"], verdicts["C2"], verdicts["C6a"]) == ("held", "held", "held")
 
 
 def test_the_report_has_data_text_page_and_figures(study: Study) -> None:
-    names = sorted(path.name for path in (study.place / "results").iterdir())
-    figures = ["smoke-layers.png", "smoke-lowpass.png"]
-    assert names == [*figures, "smoke.html", "smoke.json", "smoke.md"]
+    check_report(study.place, CLAIMS, ["layers", "lowpass"])
 
 
 def test_a_second_call_runs_nothing_again_and_gives_the_same_rows(study: Study) -> None:
-    before, there = moments(study.place), report(study.place)["rows"]
-    assert reproduce([*options(study.place), *STUDIED]) == 0
-    assert report(study.place)["rows"] == there
-    assert moments(study.place) == before
+    check_a_second_call_runs_nothing(reproduce, study.place, [*FASTER, *STUDIED])
 
 
 def test_a_killed_study_gives_the_rows_of_an_undisturbed_one_when_called_again(study: Study, tmp_path: Path) -> None:
-    part = [*options(tmp_path), "--study.arms", "[plain]", "--study.workers", "1"]
-    process = children.start("-m", "vit_antioversmooth.reproduce", *part)
-    children.until(lambda: list(tmp_path.rglob("*.rows.json")), seconds=120)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "results").exists()
-    assert reproduce(part) == 0
+    part = [*FASTER, "--study.arms", "[plain]", "--study.workers", "1"]
     whole = [row for row in rows(study.place) if row["cell"]["arm"] != "init"]
-    assert rows(tmp_path) == whole
+    check_a_killed_study_goes_on("vit_antioversmooth", reproduce, tmp_path, part, whole)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageNet of two classes, each with four training images and two more."""
+    root = tmp_path_factory.mktemp("photographs")
+    for side, kind, count in product(("train", "val"), ("cat", "dog"), range(4)):
+        if side == "train" or count < 2:
+            (root / side / kind).mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(count).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(root / side / kind / f"{count}.png")
+    return root
+
+
+@pytest.mark.parametrize(("scale", "name"), PAPER_STUDIES.items())
+def test_every_network_of_a_study_at_the_papers_scale_is_the_papers(scale: str, name: str, photographs: Path) -> None:
+    options = ["--data.path", str(photographs), "--model.pretrained", "false", "--data.workers", "1"]
+    config = parse(Config, scale_arguments(CONFIGS, ["--scale", scale, *options]), prog="reproduce")
+    data, (*_, attnscale, featscale) = load(config.data).train, PAPER_COUNTS[name]
+    assert config.study.arms == ["plain", "attnscale", "featscale", "init"]
+    with torch.device("meta"):
+        counts = {arm: scale_count(network(arm_config(config, arm), data)) for arm in config.study.arms[:3]}
+    assert counts == {"plain": 0, "attnscale": attnscale, "featscale": featscale}
+
+
+@pytest.mark.parametrize("arm", ["attnscale", "init"])
+def test_a_cell_of_the_papers_study_runs_on_a_small_network(
+    arm: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(models: dict[str, nn.Module], *_: object) -> dict[str, int]:
+        return {name: scale_count(model) for name, model in models.items()}
+
+    monkeypatch.setattr(reproduction, "step_time_ratios", timed)
+    small = {
+        "data": {"path": photographs, "size": 32, "workers": 1},
+        "model": {"name": "deit_tiny_patch16_224", "depth": 2},
+        "train": {"epochs": 1, "warmup": 0, "batch_size": 8},
+        "study": {"omegas": [0, 4]},
+    }
+    options = [f"--{part}.{key}={value}" for part, values in small.items() for key, value in values.items()]
+    config = parse(Config, scale_arguments(CONFIGS, ["--scale", "paper", *options]), prog="reproduce")
+    (row,) = run_cell(config, Cell({"arm": arm}, 0), tmp_path / "cell", lambda fraction: None)
+    if arm == "init":
+        assert len(row["metrics"]["dose_hc_over_dc"]) == 2 and row["metrics"]["dose_noskip_hc_over_dc"] == []
+        assert [row["metrics"][f"{method}_step_ratio"] for method in ("attnscale", "featscale")] == [2 * 3, 2 * 2 * 192]
+    else:
+        assert np.shape(row["metrics"]["omega"]) == (2, 3) and "average_accuracy" in row["metrics"]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +171,4 @@ def test_a_killed_study_gives_the_rows_of_an_undisturbed_one_when_called_again(s
 def test_a_wrong_option_is_refused_before_anything_is_written(
     wrong: Sequence[str], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
-        reproduce([*options(tmp_path)[2 if "--scale" in wrong else 0 :], *wrong])
-    assert list(tmp_path.iterdir()) == []
+    check_study_refuses(reproduce, tmp_path, wrong, message)

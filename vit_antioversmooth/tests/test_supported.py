@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -22,6 +23,11 @@ NAFLEX = NaFlexVitCfg(
     embed_dim=24, depth=2, num_heads=3, patch_size=4, pos_embed_grid_size=(4, 4), class_token=True, global_pool="token"
 )
 every_net = pytest.mark.parametrize("name", list(nets.NETS))
+FOLDABLE = [name for name in nets.NETS if name not in ("scale_norm", "eva")]
+every_form = pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "auto") for name in nets.NETS), *((name, "folded") for name in FOLDABLE)]
+)
+attnscale_folded = partial(apply_attnscale, mode="folded")
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -30,8 +36,13 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@every_net
-@pytest.mark.parametrize("apply", [apply_attnscale, apply_featscale])
+@pytest.mark.parametrize(
+    ("name", "apply"),
+    [
+        *((name, apply) for name in nets.NETS for apply in (apply_attnscale, apply_featscale)),
+        *((name, attnscale_folded) for name in FOLDABLE),
+    ],
+)
 def test_at_zero_the_outputs_are_the_untouched_models_bit_for_bit_and_the_gradients_its_own(name, apply) -> None:
     model, x = nets.build(name), nets.images(name)
     plain, before = model(x), gradients(model, x)
@@ -42,13 +53,13 @@ def test_at_zero_the_outputs_are_the_untouched_models_bit_for_bit_and_the_gradie
         assert torch.allclose(after[key], gradient, rtol=1e-6, atol=1e-6 * largest), key
 
 
-@every_net
+@every_form
 @pytest.mark.parametrize("include_prefix", [True, False])
-def test_the_efficient_form_equals_editing_the_map_with_its_gradients(name: str, include_prefix: bool) -> None:
+def test_the_efficient_forms_equal_editing_the_map_with_its_gradients(name, mode, include_prefix) -> None:
     model, x = nets.build(name).double(), nets.images(name).double()
     other = copy.deepcopy(model)
     plain = model(x)
-    apply_attnscale(model, include_prefix=include_prefix)
+    apply_attnscale(model, include_prefix=include_prefix, mode=mode)
     apply_attnscale(other, include_prefix=include_prefix, mode="reference")
     nets.randomize(model)
     nets.randomize(other)
@@ -57,14 +68,15 @@ def test_the_efficient_form_equals_editing_the_map_with_its_gradients(name: str,
     ours, theirs = gradients(model, x), gradients(other, x)
     assert ours.keys() == theirs.keys() and any("omega" in key for key in ours)
     for key, gradient in ours.items():
-        assert torch.allclose(gradient, theirs[key], rtol=1e-8, atol=1e-10), key
+        largest = theirs[key].abs().max().item()
+        assert torch.allclose(gradient, theirs[key], rtol=1e-10, atol=1e-10 * max(largest, 1)), key
 
 
-@every_net
-def test_in_single_precision_the_omega_gradient_agrees_to_1e_4(name: str) -> None:
+@every_form
+def test_in_single_precision_the_omega_gradient_agrees_to_1e_4(name: str, mode: str) -> None:
     model, x = nets.build(name), nets.images(name)
     other = copy.deepcopy(model).double()
-    apply_attnscale(model)
+    apply_attnscale(model, mode=mode)
     apply_attnscale(other, mode="reference")
     nets.randomize(model, 0.3)
     nets.randomize(other, 0.3)
@@ -73,18 +85,22 @@ def test_in_single_precision_the_omega_gradient_agrees_to_1e_4(name: str) -> Non
         assert torch.allclose(ours[key].double(), theirs[key], rtol=1e-4, atol=1e-4 * theirs[key].abs().max().item())
 
 
-@every_net
-def test_removing_the_scales_restores_outputs_names_and_hooks(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "auto") for name in nets.NETS), ("plain", "reference"), ("plain", "folded")]
+)
+def test_removing_the_scales_restores_outputs_names_and_hooks(name: str, mode: str) -> None:
     model, x = nets.build(name), nets.images(name)
     plain, keys = model(x), set(model.state_dict())
+    kinds = [(type(m), getattr(m, "fused_attn", None)) for m in model.modules()]
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    apply_attnscale(model, mode="reference" if name == "plain" else "auto")
+    apply_attnscale(model, mode=mode)
     apply_featscale(model)
     nets.randomize(model)
     remove_scales(model)
     assert torch.equal(model(x), plain) and set(model.state_dict()) == keys
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
     assert scale_parameters(model) == []
+    assert [(type(m), getattr(m, "fused_attn", None)) for m in model.modules()] == kinds
 
 
 @every_net
@@ -97,7 +113,8 @@ def test_a_plain_state_dict_lacks_exactly_the_scales_of_a_scaled_model(name: str
     assert len(missing) == 3 * len(find_attentions(model))
 
 
-def test_grouped_value_heads_are_repeated() -> None:
+@pytest.mark.parametrize("mode", ["auto", "folded"])
+def test_grouped_value_heads_are_repeated(mode: str) -> None:
     torch.manual_seed(0)
 
     class Block(nn.Module):
@@ -110,7 +127,7 @@ def test_grouped_value_heads_are_repeated() -> None:
 
     model, x = Block().double(), torch.randn(2, 7, 24, dtype=torch.float64)
     other = copy.deepcopy(model)
-    apply_attnscale(model)
+    apply_attnscale(model, mode=mode)
     apply_attnscale(other, mode="reference")
     nets.randomize(model)
     nets.randomize(other)
@@ -203,7 +220,7 @@ def test_a_causal_or_masked_call_is_refused(apply, call: dict[str, object]) -> N
     ("options", "message"),
     [
         ({"init": float("nan")}, "init must be finite, got nan"),
-        ({"mode": "fast"}, "mode must be auto or reference, got 'fast'"),
+        ({"mode": "fast"}, "mode must be one of auto, folded, reference, got 'fast'"),
         ({"share": "all"}, "share must be none, heads or layers, got 'all'"),
     ],
 )
@@ -216,3 +233,26 @@ def test_an_impossible_option_of_attnscale_is_refused(options, message: str) -> 
 def test_an_impossible_start_of_featscale_is_refused(init) -> None:
     with pytest.raises(ValueError, match="init must be two finite numbers"):
         apply_featscale(nets.build("plain"), init=init)
+
+
+def test_the_folded_form_is_refused_where_something_lies_between_heads_and_projection_and_changes_nothing() -> None:
+    model, x = nets.build("scale_norm"), nets.images("scale_norm")
+    plain = model(x)
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.attn must have no norm between heads and projection, got LayerNorm"
+    ):
+        apply_attnscale(model, mode="folded")
+    assert torch.equal(model(x), plain) and scale_parameters(model) == []
+    gated = nn.Module()
+    gated.attn = timm.layers.Attention(24, num_heads=3, gated=True)
+    with pytest.raises(ValueError, match="attn must have no gate between heads and projection"):
+        apply_attnscale(gated, mode="folded")
+
+    class Other(nn.Linear):
+        pass
+
+    model = nets.build("plain")
+    model.blocks[1].attn.proj = Other(24, 24)
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn must have a Linear as projection, got Other"):
+        apply_attnscale(model, mode="folded")
+    assert type(model.blocks[0].attn.proj) is nn.Linear

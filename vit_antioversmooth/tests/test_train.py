@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import random
-import signal
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +11,19 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from common.config import UserError, command, parse
+from common.config import UserError, parse
 from common.data import load as load_data
-from common.runs import load_checkpoint, read_json, save_checkpoint, seed_everything
+from common.runs import load_checkpoint, read_json, seed_everything
 from common.tests import children
+from common.tests.paper_checks import (
+    check_eval_refuses,
+    copied,
+    kill_after_a_checkpoint,
+    losses,
+    quiet,
+    refusal,
+    said,
+)
 from vit_antioversmooth import eval as evaluation
 from vit_antioversmooth import train as training
 from vit_antioversmooth.settings import Config
@@ -41,15 +45,6 @@ def arguments(*options: object) -> list[str]:
 
 def config(*options: object) -> Config:
     return parse(Config, arguments(*options), prog="train.py")
-
-
-def quiet(fraction: float) -> None:
-    pass
-
-
-def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["split"] == "train"]
 
 
 @pytest.fixture(scope="module")
@@ -147,20 +142,9 @@ def started(folder: Path) -> Any:
 
 
 def test_a_run_killed_again_and_again_equals_an_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
-    whole, folder, draw = tmp_path / "whole", tmp_path / "run", random.Random(0)
+    whole, folder = tmp_path / "whole", tmp_path / "run"
     started(whole).join()
-    checkpoint = folder / "checkpoint.pt"
-
-    def stamp() -> int:
-        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-
-    for _ in range(3):
-        process, before = started(folder), stamp()
-        children.until(lambda before=before: stamp() > before)
-        time.sleep(draw.uniform(0, 0.02))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+    kill_after_a_checkpoint(started, folder)
     started(folder).join()
     names = ["model.pt", "metrics.jsonl", "done.json"]
     assert children.tree(folder, names) == children.tree(whole, names) and len(children.tree(folder, names)) == 3
@@ -227,14 +211,6 @@ def test_weights_that_hold_more_than_data_are_refused_and_not_executed(tmp_path:
 # The command line
 
 
-def said(main: Callable[[], None], argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str, str]:
-    """Exit status, stdout and stderr of a command."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(sys, "argv", ["command", *argv])
-        command(main)
-    return ended.value.code, *capsys.readouterr()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -257,9 +233,7 @@ def test_a_wrong_option_ends_in_one_line_before_anything_is_written(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    status, out, err = said(training.main, arguments("--run.folder", folder, *options), capsys)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith(f"error: {message}")
+    assert refusal(training.main, arguments("--run.folder", folder, *options), capsys).startswith(message)
     assert not folder.exists()
 
 
@@ -267,9 +241,8 @@ def test_a_network_whose_attention_does_not_fit_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model.name", "xcit_nano_12_p16_224", "--model.depth", 0, "--scales.method", "attnscale"]
-    status, _, err = said(training.main, arguments("--run.folder", tmp_path / "run", *options), capsys)
-    assert status == 2 and err.count("\n") == 1
-    assert err.startswith("error: ") and "xcit_nano_12_p16_224" in err
+    told = refusal(training.main, arguments("--run.folder", tmp_path / "run", *options), capsys)
+    assert "xcit_nano_12_p16_224" in told
 
 
 def test_training_and_measuring_by_command_say_what_came_out(
@@ -285,39 +258,14 @@ def test_training_and_measuring_by_command_say_what_came_out(
 # Measuring a run
 
 
-def copied(finished: Path, tmp_path: Path) -> Path:
-    for path in (path for path in finished.rglob("*") if path.is_file()):
-        copy = tmp_path / "run" / path.relative_to(finished)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    (tmp_path / "run" / "eval.json").unlink(missing_ok=True)
-    return tmp_path / "run"
-
-
 def test_absent_unfinished_and_damaged_runs_are_refused_by_name(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refusal(folder: Path | str) -> str:
-        status, out, err = said(evaluation.main, ["--folder", str(folder)] if folder else [], capsys)
-        assert (status, out) == (2, "") and err.count("\n") == 1
-        return err.removeprefix("error: ").strip()
-
-    assert refusal("") == "folder must be the folder of a run, got ''"
-    assert refusal(tmp_path / "no") == f"{tmp_path}/no: no such run (it has no config.yaml)"
-    run = copied(finished, tmp_path)
-    (run / "done.json").rename(run / "moved")
-    assert refusal(run) == f"{run}: this run is not finished; run train.py with its configuration again"
-    (run / "moved").rename(run / "done.json")
-    save_checkpoint(run / "model.pt", {"model": {"head.bias": torch.zeros(1)}})
-    assert refusal(run) == f"{run}/model.pt: not the weights of this run's network"
-    (run / "model.pt").write_bytes(b"damaged" * 100)
-    assert refusal(run).startswith(f"{run}/model.pt: damaged")
-    (run / "eval.json").write_text("{")
-    assert refusal(run).startswith(f"{run}/eval.json: damaged")
+    check_eval_refuses(evaluation.main, copied(finished, tmp_path / "run"), "model.pt", capsys)
 
 
 def test_measures_are_kept_and_read_again(finished: Path, tmp_path: Path) -> None:
-    run = copied(finished, tmp_path)
+    run = copied(finished, tmp_path / "run")
     metrics = evaluation.evaluate(run)
     assert read_json(run / "eval.json") == metrics
     assert [len(metrics[name]) for name in ("omega", "s", "t", "rho", "patch_cosine")] == [3, 3, 3, 3, 4]
