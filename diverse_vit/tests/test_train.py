@@ -1,0 +1,351 @@
+"""Facts about a training run: paired arms, the schedule, exact resumption, and what bad input is told."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
+
+from common import distributed
+from common.config import UserError, parse
+from common.data import load as load_data
+from common.runs import generator, load_checkpoint, read_json, seed_everything
+from common.tests import children
+from common.tests.paper_checks import (
+    check_eval_refuses,
+    copied,
+    kill_after_a_checkpoint,
+    losses,
+    quiet,
+    refusal,
+    said,
+)
+from diverse_vit import eval as evaluation
+from diverse_vit import train as training
+from diverse_vit.augment import erase, roll
+from diverse_vit.models import network
+from diverse_vit.regularizer import DiverseRegularizer
+from diverse_vit.settings import Config
+from diverse_vit.train import learning_rate, mixer, train
+
+SCRIPT = Path(training.__file__)
+CONFIGS = SCRIPT.parent / "configs"
+LEVELS = {"--objective.emb_cos": 0.5, "--objective.emb_nce": 0.5, "--objective.attn_cos": 0.1}
+EVERYTHING = [
+    *LEVELS,
+    "--objective.mix",
+    "--objective.weight_cno",
+    "--model.drop_path",
+    "--train.ema",
+    "--train.erasing",
+]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["__main__", "diverse_vit.eval", "torch.utils.tensorboard"])
+
+
+def arguments(*options: object) -> list[str]:
+    return ["--config", str(CONFIGS / "smoke.yaml"), *map(str, options)]
+
+
+def config(*options: object) -> Config:
+    return parse(Config, arguments(*options), prog="train.py")
+
+
+def everything(*options: object) -> Config:
+    values = [*LEVELS.values(), True, 5e-4, 0.1, 0.9, 0.25]
+    return config(*(part for pair in zip(EVERYTHING, values, strict=True) for part in pair), *options)
+
+
+def short(*options: object) -> Config:
+    """One epoch of one step."""
+    return config("--train.epochs", 1, "--data.fraction", 0.01, *options)
+
+
+def lines(folder: Path, split: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(everything(), folder, quiet)
+    return folder
+
+
+# What a run is
+
+
+def test_arms_of_one_seed_start_alike_and_see_the_same_mixed_batches(tmp_path: Path) -> None:
+    arms: dict[str, list[object]] = {
+        "light": ["--objective.emb_cos", 0.1],
+        "weight": ["--objective.emb_cos", 0.5, "--objective.weight_cno", 0.1],
+        "mix": ["--objective.emb_cos", 0.5, "--objective.mix", True, "--objective.attn_cos", 0.1],
+        "other": ["--objective.emb_cos", 0.1, "--seed", 1],
+    }
+    first = {}
+    for name, options in arms.items():
+        train(short(*options), tmp_path / name, quiet)
+        first[name] = lines(tmp_path / name, "train")[0]["emb_cos"]
+    assert first["light"] == first["weight"] == first["mix"] != first["other"]
+
+
+def test_a_second_run_of_the_same_configuration_is_the_same(finished: Path, tmp_path: Path) -> None:
+    train(everything(), tmp_path / "run", quiet)
+    for name in ("model.pt", "metrics.jsonl", "done.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_every_weight_is_trained_and_nothing_of_the_regularizers_is_left(finished: Path) -> None:
+    seed_everything(0)
+    before = network(everything().model, load_data(config().data).train).state_dict()
+    after = load_checkpoint(finished / "model.pt")["model"]
+    assert before.keys() == after.keys()
+    assert not [key for key in before if torch.equal(before[key], after[key])]
+    assert read_json(finished / "done.json") == {
+        "parameters": sum(value.numel() for value in after.values()),
+        "skipped": 0,
+        "hooks_left": 0,
+    }
+
+
+def test_every_term_is_in_the_log(finished: Path) -> None:
+    assert {"ce", "emb_cos", "emb_nce", "attn_cos", "weight_cno", "loss", "accuracy"} <= set(
+        lines(finished, "train")[0]
+    )
+
+
+def test_the_moving_average_follows_the_weights(tmp_path: Path) -> None:
+    train(short("--train.ema", 0.5), tmp_path / "run", quiet)
+    seed_everything(0)
+    before = network(config().model, load_data(config().data).train).state_dict()
+    content = load_checkpoint(tmp_path / "run" / "model.pt")
+    for key, value in content["average"].items():
+        assert torch.allclose(value, (before[key] + content["model"][key]) / 2, atol=1e-7)
+    assert {"test_accuracy", "average_accuracy"} <= set(evaluation.evaluate(tmp_path / "run"))
+
+
+def test_no_epoch_at_all_keeps_the_starting_weights(tmp_path: Path) -> None:
+    train(config("--train.epochs", 0, "--train.warmup", 0), tmp_path / "run", quiet)
+    seed_everything(0)
+    before = network(config().model, load_data(config().data).train).state_dict()
+    after = load_checkpoint(tmp_path / "run" / "model.pt")["model"]
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_finished_run_is_not_trained_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_fit", lambda *_: pytest.fail("trained again"))
+    assert train(everything(), finished, quiet) == read_json(finished / "done.json")
+
+
+def test_training_under_autocast_gives_nearly_the_same_loss(tmp_path: Path) -> None:
+    options = ["--objective.mix", True, "--objective.emb_cos", 0.5, "--objective.attn_cos", 0.1]
+    for name, more in {"plain": [], "amp": ["--train.amp", True]}.items():
+        train(short(*options, *more), tmp_path / name, quiet)
+    assert losses(tmp_path / "amp") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
+
+
+# Augmentation
+
+
+def test_rolled_images_hold_the_same_pixels_elsewhere() -> None:
+    x = torch.arange(2 * 3 * 5 * 5).view(2, 3, 5, 5)
+    rolled = roll(x, 2, generator(0))
+    down, right = torch.randint(-2, 3, (2, 2), generator=generator(0)).tolist()
+    for index in range(2):
+        assert torch.equal(rolled[index], x[index].roll((down[index], right[index]), (1, 2)))
+    assert roll(x, 0, generator(0)) is x
+
+
+def test_erasing_puts_noise_into_one_box_of_the_chosen_images() -> None:
+    x = torch.zeros(40, 1, 32, 32)
+    erased = erase(x, 0.5, generator(1))
+    boxes = [image[0].nonzero() for image in erased]
+    assert 10 <= sum(len(box) > 0 for box in boxes) <= 30
+    for box in (box for box in boxes if len(box)):
+        tall, wide = (box.max(0).values - box.min(0).values + 1).tolist()
+        assert tall * wide == len(box) and 0.01 <= tall * wide / 1024 <= 0.36
+    assert erase(x, 0.0, generator(1)) is x and not x.any()
+
+
+def test_each_step_and_each_rank_draws_its_own_mixup(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(step: int) -> float:
+        return mixer(config(), step)(torch.rand(2, 1, 28, 28), torch.arange(2)).lam
+
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    assert draw(0) == draw(0) != draw(1)
+    alone = draw(0)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert draw(0) != alone
+
+
+# Schedules
+
+
+def test_the_learning_rate_rises_in_a_straight_line_and_falls_along_half_a_cosine() -> None:
+    there = config("--train.lr", 1.0, "--train.warmup", 1, "--train.epochs", 2, "--train.min_lr", 0.2)
+    rates = [learning_rate(there, step, 4) for step in range(8)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.8828427, 0.6, 0.3171573])
+
+
+def test_the_released_schedule_lags_one_epoch_and_is_timms() -> None:
+    there = config("--train.lr", 1.0, "--train.warmup", 3, "--train.epochs", 10, "--train.schedule", "epochs")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = CosineLRScheduler(optimizer, t_initial=10, warmup_t=3, warmup_lr_init=0.0, lr_min=0.0)
+    theirs = []
+    for epoch in range(10):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch)
+    assert [learning_rate(there, 5 * epoch + 2, 5) for epoch in range(10)] == pytest.approx(theirs)
+
+
+# Disturbed
+
+
+def started(folder: Path) -> Any:
+    process = FORKS.Process(target=train, args=(everything("--run.checkpoint_every", 2), folder, quiet))
+    process.start()
+    return process
+
+
+def test_a_run_killed_again_and_again_equals_an_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    started(whole).join()
+    kill_after_a_checkpoint(started, folder)
+    started(folder).join()
+    names = ["model.pt", "metrics.jsonl", "done.json"]
+    assert children.tree(folder, names) == children.tree(whole, names) and len(children.tree(folder, names)) == 3
+
+
+def test_two_processes_train_the_network_of_one_at_the_same_global_batch(tmp_path: Path) -> None:
+    # Mixing and start vectors are drawn by rank, as released: without them two ranks are one.
+    options = [part for pair in LEVELS.items() for part in pair]
+    options += ["--objective.mix", True, "--train.mixup", 0, "--train.cutmix", 0, "--train.erasing", 0.25]
+    train(config(*options), tmp_path / "one", quiet)
+    done = children.run(*children.TORCHRUN, SCRIPT, *arguments(*options, "--run.folder", tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    one, two = (load_checkpoint(tmp_path / name / "model.pt")["model"] for name in ("one", "two"))
+    assert all(torch.allclose(one[key], two[key], atol=1e-4) for key in one)
+
+
+def broken_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    call = DiverseRegularizer.__call__
+
+    def broken(self: DiverseRegularizer, *inputs: Any) -> Any:
+        step, output = self.step, call(self, *inputs)
+        return output._replace(loss=output.loss * float("nan")) if step in steps else output
+
+    monkeypatch.setattr(DiverseRegularizer, "__call__", broken)
+
+
+def test_a_step_without_a_finite_loss_changes_nothing_and_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--train.ema", 0.9, "--train.epochs", 1, "--train.warmup", 0]
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    train(config(*options), tmp_path / "whole", quiet)
+    whole, rates = rates, []
+    broken_at({1, 2}, monkeypatch)
+    metrics = train(config(*options), tmp_path / "run", quiet)
+    assert metrics["skipped"] == 2
+    assert [(line["step"], line["skipped"]) for line in lines(tmp_path / "run", "skipped")] == [(2, 1), (3, 2)]
+    assert rates == whole[: len(whole) - 2]
+
+
+def test_a_run_of_nothing_but_broken_steps_keeps_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_at(set(range(100)), monkeypatch)
+    train(config("--train.ema", 0.9, "--train.epochs", 1), tmp_path / "run", quiet)
+    seed_everything(0)
+    before = network(config().model, load_data(config().data).train).state_dict()
+    content = load_checkpoint(tmp_path / "run" / "model.pt")
+    for weights in (content["model"], content["average"]):
+        assert all(torch.equal(before[key], weights[key]) for key in before)
+
+
+def test_ten_broken_steps_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_at(set(range(2, 100)), monkeypatch)
+    with pytest.raises(UserError, match=r"loss is not finite at step 11, 10 steps in a row; the last good checkpoint"):
+        train(config("--train.epochs", 4), tmp_path / "run", quiet)
+    assert not (tmp_path / "run" / "done.json").exists()
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--objective.emb_cosine", "1"], "unknown key 'objective.emb_cosine'; did you mean 'objective.emb_cos'?"),
+        (["--objective.emb_cos", "-1"], "objective.emb_cos must be at least 0 and finite, got -1.0"),
+        (["--objective.weight_cno", ".nan"], "objective.weight_cno must be at least 0 and finite, got nan"),
+        (["--objective.mix", "0.5"], "objective.mix must be"),
+        (["--objective.extra", "{emb_magic: 1}"], "objective.extra must be among emb_cos_abs, "),
+        (
+            ["--objective.attn_layers", "[5]", "--objective.attn_cos", "1"],
+            "objective does not fit model.name vit: attn",
+        ),
+        (["--train.batch_size", "41"], "train.batch_size must be even with mixup or cutmix, got 41"),
+        (["--train.ema", "1.5"], "train.ema must be in [0, 1), got 1.5"),
+        (["--train.warmup", "9"], "train.warmup must be in [0, train.epochs], got 9"),
+        (["--model.name", "resnet9000"], "model.name must be vit or a timm model, got 'resnet9000'"),
+        (["--model.name", "resnet18", "--model.depth", "0"], "model.name resnet18 cannot be built as configured: "),
+        (["--model.pretrained", "true"], "model.pretrained must be false for vit, got True"),
+        (["--model.dim", "15"], "model.dim must be a multiple of model.heads, got 15"),
+        (["--model.patch", "5"], "model.patch must be a divisor of the images' side 28, got 5"),
+        (["--model.mean", "[0, 0]", "--model.std", "[1, 1]"], "model.mean must be as many numbers as the images' 1"),
+        (["--train.batch_size", "5000"], "batch size must be at most the 200 training images, got 5000"),
+    ],
+)
+def test_a_wrong_option_ends_in_one_line_before_anything_is_written(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refusal(training.main, arguments("--run.folder", tmp_path / "run", *options), capsys)
+    assert told.startswith(message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_and_measuring_by_command_say_what_came_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    status, out, _ = said(training.main, arguments("--run.folder", folder), capsys)
+    assert status is None and "0 steps skipped" in out and out.splitlines()[-1].endswith(f"eval.py --folder {folder}")
+    status, out, _ = said(evaluation.main, ["--folder", folder], capsys)
+    assert status is None and out.startswith("test accuracy ") and len(out.splitlines()) == 2 + 4 + 1
+
+
+# Measuring a run
+
+
+def test_absent_unfinished_and_damaged_runs_are_refused_by_name(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_eval_refuses(evaluation.main, copied(finished, tmp_path / "run"), "model.pt", capsys)
+
+
+def test_measures_are_kept_and_read_again(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path / "run")
+    metrics = evaluation.evaluate(run)
+    assert read_json(run / "eval.json") == metrics
+    assert [len(metrics[name]) for name in ("embedding_cosine", "head_cosine", "spectrum")] == [4, 3, 16]
+    (run / "model.pt").unlink()
+    assert evaluation.evaluate(run) == metrics
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_configuration_that_comes_along_can_be_read(name: str) -> None:
+    there = parse(Config, ["--config", str(CONFIGS / f"{name}.yaml")], prog="train.py")
+    first = (CONFIGS / f"{name}.yaml").read_text().splitlines()[0]
+    assert first.startswith(("# make reproduce-diverse-vit", "# torchrun ", "# python diverse_vit/train.py"))
+    assert f"{name}.yaml" in first or name in ("demo", "smoke", "cifar")
+    assert there.objective.mix <= (there.train.mixup > 0)

@@ -1,0 +1,210 @@
+"""Train one network: python diverse_vit/train.py --config diverse_vit/configs/demo.yaml
+
+The network, the regularizer around it, AdamW, one loop; the weights end in model.pt.
+Data-parallel: torchrun --nproc_per_node=N diverse_vit/train.py --config ...
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+from common import distributed
+from common.config import ConfigError, command
+from common.data import Splits, batches, load, pixels, steps_per_epoch
+from common.experiment import accuracy, train_command
+from common.runs import NonFiniteError, Run, generator, read_json, save_checkpoint, seed_everything
+from diverse_vit.augment import erase, roll
+from diverse_vit.models import network
+from diverse_vit.patch_mixup import PatchMixup
+from diverse_vit.regularizer import DiverseRegularizer
+from diverse_vit.settings import Config
+
+MOST_SKIPPED = 10  # steps in a row without a finite loss
+
+
+def train(config: Config, folder: Path, progress: Callable[[float], None] | None = None) -> dict[str, Any]:
+    """Train in `folder`, from where the run stands; returns and leaves in done.json the final training metrics.
+
+    Args:
+        config: of the run.
+        folder: the run's.
+        progress: called with the finished fraction instead of drawing a progress bar.
+    """
+    with distributed.process_group() as device:
+        splits = load(config.data)
+        per_epoch = steps_per_epoch(splits.train, config.train.batch_size)
+        total = config.train.epochs * per_epoch
+        seed_everything(config.seed)
+        model = network(config.model, splits.train).to(device)
+        average = copy.deepcopy(model).requires_grad_(False) if config.train.ema else None
+        regularizer = regularized(model, config)
+        run = Run(folder, config, total_steps=total, checkpoint_every=config.run.checkpoint_every, progress=progress)
+        if run.finished:
+            return read_json(folder / "done.json")
+        with run:
+            return _fit(config, run, splits, model, average, regularizer, per_epoch)
+
+
+def _fit(
+    config: Config,
+    run: Run,
+    splits: Splits,
+    model: nn.Module,
+    average: nn.Module | None,
+    regularizer: DiverseRegularizer,
+    per_epoch: int,
+) -> dict[str, Any]:
+    options, device = config.train, next(model.parameters()).device
+    undecayed = list(getattr(model, "no_weight_decay", set)())
+    groups = param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=undecayed)
+    optimizer = torch.optim.AdamW(groups, lr=options.lr)
+    start = skipped = in_a_row = 0
+    if saved := run.restore():
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if average is not None:
+            average.load_state_dict(saved["average"])
+        start, skipped, in_a_row = saved["step"], saved["skipped"], saved["in_a_row"]
+    position = start
+
+    def snapshot() -> dict[str, Any]:
+        state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"step": position, "skipped": skipped, "in_a_row": in_a_row}
+        return state if average is None else {**state, "average": average.state_dict()}
+
+    stream = batches(splits.train, options.batch_size, config.data, seed=config.seed, step=start)
+    for step in run.steps(start, options.epochs * per_epoch, snapshot):
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in next(stream))
+        draws = generator(config.seed, 1, step)
+        images = config.model.normalize(pixels(roll(images, options.roll, draws)))
+        images = erase(images, options.erasing, draws)
+        mixed = mixer(config, step)(images, labels) if options.mixup or options.cutmix else None
+
+        model.train()
+        torch.manual_seed(generator(config.seed, 2, step, distributed.rank()).initial_seed())  # drop-path
+        regularizer.step = step
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
+            output = regularizer(images if mixed is None else mixed.x, labels if mixed is None else mixed)
+        finite = not distributed.any_rank(not math.isfinite(output.loss.item()))
+        position, in_a_row = step + 1, 0 if finite else in_a_row + 1
+        if finite:
+            optimizer.zero_grad(set_to_none=True)
+            output.loss.backward()
+            distributed.synchronize(model)
+            if options.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step - skipped, per_epoch)
+            optimizer.step()
+            if average is not None:
+                follow(average, model, options.ema)
+        else:  # as with a scaler of gradients: weights, average and schedule stay as they are
+            skipped += 1
+            run.log(position, "skipped", skipped=skipped)
+            if in_a_row == MOST_SKIPPED:
+                where = f"at step {step}, {MOST_SKIPPED} steps in a row"
+                raise NonFiniteError(f"loss is not finite {where}; the last good checkpoint is in {run.folder}")
+
+        if position % per_epoch == 0:
+            if finite:
+                values = {name: distributed.mean(term.item()) for name, term in output.terms.items()}
+                hits = (output.logits.argmax(1) == labels).float().mean().item()
+                values |= {"loss": distributed.mean(output.loss.item()), "accuracy": 100 * distributed.mean(hits)}
+                run.log(position, "train", epoch=position // per_epoch, **values)
+            if len(splits.val):
+                run.log(position, "val", val_accuracy=accuracy(model, splits.val, config.model.normalize))
+    regularizer.detach()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    metrics: dict[str, Any] = {"parameters": parameters, "skipped": skipped, "hooks_left": hook_count(model)}
+    if len(splits.val):
+        metrics["val_accuracy"] = accuracy(model, splits.val, config.model.normalize)
+    if run.writes:
+        content = {"model": model.state_dict()}
+        content.update({} if average is None else {"average": average.state_dict()})
+        save_checkpoint(run.folder / "model.pt", content)
+    run.finish(metrics)
+    return metrics
+
+
+def regularized(model: nn.Module, config: Config) -> DiverseRegularizer:
+    """The objective around the network, compiled if train.compile says so. Raises `ConfigError` if it does not fit."""
+    inner = torch.compile(model) if config.train.compile else model
+    try:
+        return DiverseRegularizer(
+            inner,  # type: ignore[arg-type]
+            **asdict(config.objective),
+            seed=config.seed,
+            smoothing=config.train.smoothing,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"objective does not fit model.name {config.model.name}: {error}") from error
+
+
+def mixer(config: Config, step: int) -> PatchMixup:
+    """Mixup of one step; each rank draws its own and mixes its own images, as released."""
+    draws = np.random.SeedSequence((config.seed, 3, step, distributed.rank())).generate_state(8)
+    options = config.train
+    return PatchMixup(
+        options.mixup, options.cutmix, patch_size=config.model.patch, generator=np.random.RandomState(draws)
+    )
+
+
+def learning_rate(config: Config, step: int, per_epoch: int) -> float:
+    """Learning rate of update number `step`: warm-up in a straight line, then half a cosine down to min_lr.
+
+    With schedule epochs, epoch e uses the value of epoch max(e - 1, 0) and the cosine counts from epoch 0: the released
+    code steps its scheduler with the epoch just finished (spec e).
+    """
+    options = config.train
+    if options.schedule == "epochs":
+        now, begin, end = max(step // per_epoch - 1, 0), 0.0, float(options.epochs)
+        risen = now / options.warmup if now < options.warmup else 1.0
+    else:
+        now, begin, end = step, options.warmup * per_epoch, float(options.epochs * per_epoch)
+        risen = min((now + 1) / begin, 1.0) if now < begin else 1.0
+    if risen < 1 or now < begin:
+        return options.warmup_lr + (options.lr - options.warmup_lr) * risen
+    share = (now - begin) / max(end - begin, 1)
+    return options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """One step of the moving average of the weights."""
+    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
+
+
+def hook_count(model: nn.Module) -> int:
+    """How many forward hooks the network carries."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def main() -> None:
+    """The command line."""
+
+    def name(config: Config) -> str:
+        terms = [key for key, value in asdict(config.objective).items() if value and key != "attn_layers"]
+        return f"{'-'.join(terms) or 'plain'}-seed{config.seed}"
+
+    def summary(metrics: Mapping[str, Any]) -> str:
+        return (
+            f"{metrics['parameters']:,} parameters, {metrics['skipped']} steps skipped for a loss that was not finite"
+        )
+
+    train_command(__file__, Config, train, name, summary)
+
+
+if __name__ == "__main__":
+    command(main)
