@@ -1,0 +1,117 @@
+"""T tickets of one architecture as one network (spec h.5): T times the channels, convolutions in T times the groups.
+
+Per-channel batch norm is per-ticket batch norm, SGD and PGD work on entries alone, and the loss is the sum of the
+tickets' mean losses, so every ticket trains as it would alone, up to the rounding of the convolutions. It pays where
+batches are too small to fill the machine.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from common.masks import Masks
+from double_win_lth.models import Normalize, head_name
+
+
+class TicketBatch(nn.Module):
+    """Networks of one architecture, side by side. Raises TypeError on a layer that cannot be grouped.
+
+    Args:
+        tickets: at least one; copied.
+    """
+
+    def __init__(self, tickets: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if not tickets:
+            raise ValueError("tickets must be at least one network, got none")
+        self.tickets = len(tickets)
+        self.net = copy.deepcopy(tickets[0])
+        for name, module in list(self.net.named_modules()):
+            if next(module.children(), None) is None:
+                self.net.set_submodule(name, _side_by_side([ticket.get_submodule(name) for ticket in tickets]))
+        self.train(tickets[0].training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W), or (N, T, C, H, W) with images of each ticket's own -> logits (T, N, classes)."""
+        if x.ndim == 4:
+            x = x.unsqueeze(1).expand(-1, self.tickets, -1, -1, -1)
+        return self.net(x.flatten(1, 2))
+
+    def masks(self, masks: Sequence[Mapping[str, Tensor]]) -> Masks:
+        """One ticket's masks each -> masks over the parameters of this network."""
+        return Masks({f"net.{name}": torch.cat([mask[name] for mask in masks]) for name in masks[0]})
+
+    def ticket_state(self, index: int) -> dict[str, Tensor]:
+        """The state dict of ticket `index`, as a network of its own has it."""
+        state = {}
+        for name, value in self.net.state_dict().items():
+            alone = value if value.ndim == 0 else value.chunk(self.tickets)[index]
+            state[name] = (alone[0] if _is_head(self.net, name) else alone).clone()
+        return state
+
+
+def stack_tickets(
+    model: nn.Module, masks: Sequence[Mapping[str, Tensor]], heads: Sequence[nn.Linear] | None = None
+) -> TicketBatch:
+    """Tickets of `model` under T masks as one `TicketBatch`.
+
+    Args:
+        model: the pre-trained network; not changed.
+        masks: one a ticket.
+        heads: a Linear for each ticket in place of the model's; None keeps that.
+
+    Raises:
+        ValueError: another number of heads, masks that do not fit. TypeError: a layer that cannot be grouped.
+    """
+    if heads is not None and len(heads) != len(masks):
+        raise ValueError(f"heads must be {len(masks)} as the masks, got {len(heads)}")
+    tickets = []
+    for index, mask in enumerate(masks):
+        ticket = copy.deepcopy(model)
+        Masks(mask).apply_(ticket)
+        if heads is not None:
+            ticket.set_submodule(head_name(ticket), heads[index])
+        tickets.append(ticket)
+    return TicketBatch(tickets)
+
+
+class GroupedLinear(nn.Module):
+    """The heads of T tickets: (N, T * features) -> (T, N, classes); weight (T, classes, features)."""
+
+    def __init__(self, heads: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([head.weight.detach() for head in heads]))
+        self.bias = nn.Parameter(torch.stack([head.bias.detach() for head in heads]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tickets = len(self.weight)
+        per_ticket = x.view(len(x), tickets, -1).transpose(0, 1)
+        return torch.baddbmm(self.bias.unsqueeze(1), per_ticket, self.weight.transpose(1, 2))
+
+
+def _is_head(net: nn.Module, name: str) -> bool:
+    return isinstance(net.get_submodule(name.rpartition(".")[0]), GroupedLinear)
+
+
+def _side_by_side(modules: Sequence[nn.Module]) -> nn.Module:
+    """One layer that does what T equal layers do, each on its share of the channels."""
+    first, tickets = modules[0], len(modules)
+    if isinstance(first, nn.Linear):
+        return GroupedLinear(modules)  # type: ignore[arg-type]
+    if isinstance(first, nn.Conv2d | nn.BatchNorm2d | Normalize):
+        grouped = copy.deepcopy(first)
+        for size in ("in_channels", "out_channels", "groups", "num_features"):
+            if hasattr(first, size):
+                setattr(grouped, size, tickets * getattr(first, size))
+        for name, parameter in first.named_parameters():
+            parts = [module.get_parameter(name).detach() for module in modules]
+            setattr(grouped, name, nn.Parameter(torch.cat(parts), requires_grad=parameter.requires_grad))
+        for name, buffer in first.named_buffers():
+            if buffer.ndim:
+                setattr(grouped, name, torch.cat([module.get_buffer(name) for module in modules]))
+        return grouped
+    if next(first.parameters(), None) is not None or next(first.buffers(), None) is not None:
+        raise TypeError(f"tickets can be grouped of Conv2d, BatchNorm2d and Linear layers, got {type(first).__name__}")
+    return copy.deepcopy(first)
