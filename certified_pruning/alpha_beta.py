@@ -16,7 +16,7 @@ from torch.optim.adam import adam
 
 from certified_pruning.chain import ChainNet
 from certified_pruning.ibp import PreBounds
-from certified_pruning.rows import Backward, RowBatch, Splits, below_zero, layers, row_batch, rows_at_once
+from certified_pruning.rows import Backward, RowBatch, Splits, layers, row_batch, rows_at_once
 
 
 @dataclass
@@ -54,25 +54,18 @@ def gradient(
     d lb / d alpha = max(H, 0) z and d lb / d beta = -sign z, with z the ReLU inputs at the minimiser. Entries of alpha
     on stable neurons are not zeroed: the projection on [floor, ceil] pins them.
     """
-    r, g_alpha = batch.relaxation, torch.empty_like(b.alpha)
+    g_alpha = batch.C.new_empty(len(batch.C), batch.net.n_neurons)
     g_beta = batch.C.new_zeros(len(batch.C), n_slots) if n_slots else None
-    if not b.relu_coef:
-        return g_alpha, g_beta
-    h = torch.cat(b.relu_coef, 1)
-    on_upper = below_zero(h)
-    slope = torch.lerp(b.alpha, r.upper, on_upper)
-    intercept = on_upper.mul_(r.intercept)
-    active = h.clamp_(min=0)
-    g = batch.minimiser(b)
-    for k, (start, end) in enumerate(layers(batch.net)):
+    g, parts = b.corner, zip(layers(batch.net), b.relu_coef, b.lines, strict=True)
+    for k, ((start, end), h, (slope, intercept)) in enumerate(parts):
         z = batch.net.affines[k].forward(g)
-        torch.mul(active[:, start:end], z, out=g_alpha[:, start:end])
+        torch.mul(h.clamp(min=0), z, out=g_alpha[:, start:end])
         if g_beta is not None:
             rows, slots, local = positions[k]
             assert batch.splits is not None
             g_beta[rows, slots] = -batch.splits.sign[rows, slots] * z[rows, local]
         if end < batch.net.n_neurons:
-            g = torch.addcmul(intercept[:, start:end], slope[:, start:end], z)
+            g = torch.addcmul(intercept, slope, z)
     return g_alpha, g_beta
 
 
@@ -160,7 +153,7 @@ def ascend(
         if last or shrink:
             leaving = (done | last).nonzero().squeeze(1)
             to = rows[leaving]
-            found.lb[to], found.x_star[to] = top[leaving], batch.minimiser(b)[leaving]
+            found.lb[to], found.x_star[to] = top[leaving], b.corner[leaving]
             found.alpha.index_copy_(0, to, top_alpha.index_select(0, leaving))
             if b.relu_coef:
                 found.relu_coef.index_copy_(0, to, torch.cat(b.relu_coef, 1).index_select(0, leaving))

@@ -117,7 +117,7 @@ def lirpa_margins(
 
     Args:
         model: a network in eval mode, or what `bounded` made of one.
-        x_lb, x_ub: box (B, ...) in the network's (normalised) coordinates, float32.
+        x_lb, x_ub: box (B, ...) in the network's (normalised) coordinates, of the type of its weights.
         C: specification rows (B, S, out), e.g. e_y - e_t; see `margin_spec`.
         method: ibp; crown-ibp, crown: interval, CROWN bounds inside; alpha-crown: CROWN bounds inside, then the
             slopes of the last bound optimised, for ReLUs (Heaviside layers stay at the CROWN bound).
@@ -150,7 +150,8 @@ def lirpa_margins(
         inside = {node.name: [node.lower.detach(), node.upper.detach()] for node in nodes}
     # The library counts evaluations, one more than steps.
     module.bound_opts["optimize_bound_args"] |= {"iteration": steps + 1, "early_stop_patience": steps + 1}
-    with _frozen(module), nullcontext() if repaired else _alpha_as_released():
+    released = nullcontext() if repaired else _alpha_as_released()
+    with torch.enable_grad(), _default_dtype(x.dtype), _frozen(module), released:
         return _lower(module, x, C, "CROWN-Optimized", inside).detach()
 
 
@@ -187,7 +188,7 @@ def relu_input_bounds(module: BoundedModule) -> PreBounds:
 def _lower(module: BoundedModule, x: Any, C: Tensor, method: str, inside: dict[str, list[Tensor]] | None) -> Tensor:
     try:
         bounds = module.compute_bounds(x=(x,), C=C, method=method, bound_upper=False, intermediate_layer_bounds=inside)
-    except NotImplementedError as error:
+    except (NotImplementedError, RuntimeError, AssertionError) as error:
         raise ValueError(
             f"model must have layers that auto_LiRPA {VERSION} bounds by {method}, got {_line(error)}"
         ) from error
@@ -237,6 +238,17 @@ def _frozen(module: BoundedModule) -> Iterator[None]:
     finally:
         for parameter in free:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The alpha loop keeps its best bounds in torch's default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

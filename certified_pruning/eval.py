@@ -5,8 +5,7 @@ accuracy, bound tightness and branch-and-bound effort; on validation images what
 are removed first, so that the small network is what is verified.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +17,18 @@ from certified_pruning.compress import compress_channels
 from certified_pruning.crown import crown_intermediate
 from certified_pruning.ibp import ibp, input_box, margin_spec
 from certified_pruning.settings import Config
-from certified_pruning.train import accuracy, network
+from certified_pruning.train import network
 from certified_pruning.verdicts import VerifyReport
 from certified_pruning.verifier import CompleteVerifier
-from common.config import ConfigError, command, parse, require
-from common.config import load as load_config
+from common.config import command
 from common.data import ImageSet, in_order, load, pixels
-from common.runs import CheckpointError, load_checkpoint, read_json, write_json
+from common.experiment import Progress, accuracy, device, eval_command, finished_run, load_weights
+from common.runs import load_checkpoint, read_json, write_json
 
 Metrics = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class EvalArguments:
-    """Which run to verify."""
-
-    folder: str = ""
-    """of a finished run of train.py"""
-
-    def __post_init__(self) -> None:
-        require(bool(self.folder), "folder", self.folder, "the folder of a run")
-
-
-def evaluate(folder: Path, progress: Callable[[float], None] | None = None) -> list[Metrics]:
+def evaluate(folder: Path, progress: Progress | None = None) -> list[Metrics]:
     """Metrics of each round of the finished run in `folder`, from its tickets; kept in eval.json and read from there.
 
     Rounds before eval.first_round are left out.
@@ -52,23 +40,15 @@ def evaluate(folder: Path, progress: Callable[[float], None] | None = None) -> l
     Raises:
         ConfigError: if the run is not there or not finished; CheckpointError: if a ticket is damaged.
     """
-    if not (folder / "config.yaml").exists():
-        raise ConfigError(f"{folder}: no such run (it has no config.yaml)")
-    if not (folder / "done.json").exists():
-        raise ConfigError(f"{folder}: this run is not finished; run train.py with its configuration again")
-    config = load_config(Config, folder / "config.yaml")
+    config = finished_run(folder, Config)
     finished = read_json(folder / "eval.json") if (folder / "eval.json").exists() else []
     splits = load(config.data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = network(config, splits.train).to(device)
+    model = network(config, splits.train).to(device())
     first, rounds = config.eval.first_round, config.prune.rounds
     for round_number in range(first + len(finished), rounds):
         path = folder / "tickets" / f"{round_number}.pt"
         ticket = load_checkpoint(path)
-        try:
-            model.load_state_dict(ticket["model"])
-        except (KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: not a ticket of this run's network") from error
+        load_weights(model, ticket, path)
 
         def within_round(fraction: float, done: int = len(finished)) -> None:
             if progress is not None:
@@ -80,13 +60,10 @@ def evaluate(folder: Path, progress: Callable[[float], None] | None = None) -> l
     return finished
 
 
-def evaluate_network(
-    model: nn.Module, val: ImageSet, test: ImageSet, config: Config, progress: Callable[[float], None]
-) -> Metrics:
+def evaluate_network(model: nn.Module, val: ImageSet, test: ImageSet, config: Config, progress: Progress) -> Metrics:
     """All metrics of one network; accuracies in percent, the verified ones of all images, misclassified included."""
-    model.eval()
-    device = next(model.parameters()).device
-    val_accuracy, test_accuracy = (accuracy(model, split, config, device) for split in (val, test))
+    val_accuracy, test_accuracy = (accuracy(model, split, config.model.normalize) for split in (val, test))
+    place = next(model.parameters()).device
     incomplete = replace(config.verify, root_steps=config.eval.val_root_steps, max_nodes=0)
     val_report = _verify(model, val, config, incomplete, lambda fraction: progress(0.2 * fraction))
     report = _verify(model, test, config, config.verify, lambda fraction: progress(0.2 + 0.8 * fraction))
@@ -103,7 +80,7 @@ def evaluate_network(
         "alpha_verified": 100 * sum(report.stages.get(f"verified/{s}", 0) for s in ("ibp", "crown", "alpha")) / images,
         "nodes": report.nodes,
         "seconds": sum(verdict.seconds for verdict in report.images),
-        **stability(model, _first(test, config)[0].to(device), config),
+        **stability(model, _first(test, config)[0].to(place), config),
     }
 
 
@@ -135,12 +112,12 @@ def stability(model: nn.Module, raw: Tensor, config: Config) -> dict[str, float]
 def ibp_verified(model: nn.Module, data: ImageSet, config: Config) -> float:
     """Percent of *all* images of a split that interval bounds alone verify: what certified training is for."""
     assert isinstance(data.images, Tensor)
-    device = next(model.parameters()).device
+    place = next(model.parameters()).device
     net = ChainNet.from_module(model, tuple(data.images.shape[1:]))
     verified = 0
     for images, labels in in_order(data, 500):
-        box = input_box(pixels(images.to(device)), config.train.eps, config.model.mean, config.model.std)
-        margins = ibp(net, *box, C=margin_spec(labels.to(device), data.classes)[0]).out[0]
+        box = input_box(pixels(images.to(place)), config.train.eps, config.model.mean, config.model.std)
+        margins = ibp(net, *box, C=margin_spec(labels.to(place), data.classes)[0]).out[0]
         verified += int((margins > 0).all(dim=1).sum())
     return 100 * verified / max(len(data), 1)
 
@@ -150,9 +127,7 @@ def _first(split: ImageSet, config: Config) -> tuple[Tensor, Tensor]:
     return pixels(split.images[: config.eval.images]), split.labels[: config.eval.images]
 
 
-def _verify(
-    model: nn.Module, split: ImageSet, config: Config, budget: Any, progress: Callable[[float], None]
-) -> VerifyReport:
+def _verify(model: nn.Module, split: ImageSet, config: Config, budget: Any, progress: Progress) -> VerifyReport:
     raw, labels = _first(split, config)
     normalize = (config.model.mean, config.model.std)
     shape = tuple(raw.shape[1:])
@@ -162,24 +137,16 @@ def _verify(
 
 def main() -> None:
     """The command line."""
-    from tqdm import tqdm
 
-    arguments = parse(
-        EvalArguments, prog="python certified_pruning/eval.py", description=(__doc__ or "").split("\n")[0]
-    )
-    with tqdm(total=1.0, bar_format="verify: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]") as bar:
-
-        def show(fraction: float) -> None:
-            bar.update(fraction - bar.n)
-
-        rounds = evaluate(Path(arguments.folder), show)
-    first = load_config(Config, Path(arguments.folder) / "config.yaml").eval.first_round
-    for number, metrics in enumerate(rounds, first):
-        print(
+    def summary(rounds: list[Metrics], config: Config) -> str:
+        return "\n".join(
             f"round {number}: density {metrics['density']:.4f}, test {metrics['test_accuracy']:.1f} %, verified "
             f"{metrics['verified']:.0f} %, falsified {metrics['falsified']:.0f} %, unknown {metrics['unknown']:.0f} %, "
             f"unstable {metrics['unstable']:.3f}, {metrics['nodes']} nodes"
+            for number, metrics in enumerate(rounds, config.eval.first_round)
         )
+
+    eval_command(__file__, Config, evaluate, summary)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,10 @@ def _regimes(rows: Rows, regimes: Sequence[str]) -> Figure:
 
 
 def _density_axis(axes: Axes, rows: Rows) -> None:
-    ticks = sorted({row["cell"]["density"] for row in rows}, reverse=True)
+    ticks: list[float] = []
+    for density in sorted({row["cell"]["density"] for row in rows}, reverse=True):
+        if not ticks or density < 0.9 * ticks[-1]:  # labels of densities closer than that would overlap
+            ticks.append(density)
     axes.set(xscale="log", xlabel="density (weights, or channels, kept)")
     axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], rotation=45, fontsize=7)
     axes.minorticks_off()

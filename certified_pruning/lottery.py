@@ -18,7 +18,7 @@ from certified_pruning.channel_pruners import (
 )
 from certified_pruning.hydra import hydra_scores
 from certified_pruning.nrs import NrsStats, nrs_loss
-from certified_pruning.objective import normalizer, robust_loss
+from certified_pruning.objective import robust_loss
 from certified_pruning.pruners import (
     dense_masks,
     keep_of_rate,
@@ -115,7 +115,7 @@ def _by_gradient(config: Config, model: nn.Module, masks: Masks, level: int, rem
 @torch.no_grad()
 def _stability(config: Config, model: nn.Module, data: ImageSet) -> NrsStats:
     """NRS statistics of a trained network over all training images, on the box of the full eps."""
-    normalize, device = normalizer(config), next(model.parameters()).device
+    normalize, device = config.model.normalize, next(model.parameters()).device
     total: dict[str, Tensor] = {}
     for images, _ in in_order(data, 500):
         _, stats = nrs_loss(model, *pixel_box(pixels(images.to(device)), config.train.eps, normalize))

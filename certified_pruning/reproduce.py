@@ -16,8 +16,8 @@ from certified_pruning.figures import draw
 from certified_pruning.settings import Config, PruningStudy
 from certified_pruning.train import train
 from common.claims import report
-from common.config import command, dump, parse
-from common.study import Cell, run_study, scale_arguments
+from common.config import command, dump
+from common.study import Cell, run_study, study_config
 
 HERE = Path(__file__).parent
 TRAINING = 0.2  # its share of a cell's time, for the progress bar
@@ -48,9 +48,7 @@ def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float
 
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
-    prog = "python -m certified_pruning.reproduce"
-    description = "Run the study of one scale: --scale smoke|demo|cifar (its YAML in configs/), then any option below."
-    config = parse(Config, scale_arguments(HERE / "configs", arguments), prog=prog, description=description)
+    config = study_config(Config, HERE / "configs", arguments)
     shared = replace(config, study=PruningStudy())
     cells = []
     for seed in config.study.seeds:

@@ -87,12 +87,13 @@ class Relaxation:
 
 
 class Backward(NamedTuple):
-    """Result of one backward pass: z-row = const + coef . x, valid for the relaxation that made it."""
+    """Result of one backward pass: z-row >= const + coef . x, valid for the lines that replaced the ReLUs."""
 
     const: Tensor  # (R,)
     coef: Tensor  # (R, n)
+    corner: Tensor  # (R, n), where in the box const + coef . x is smallest
     relu_coef: list[Tensor]  # H_k, coefficients on the output of ReLU layer k, (R, N_k)
-    alpha: Tensor  # (R, N), lower slopes it was made with
+    lines: list[tuple[Tensor, Tensor]]  # slope and intercept of the line of each ReLU of layer k, (R, N_k) each
 
 
 @dataclass(frozen=True)
@@ -160,38 +161,41 @@ class RowBatch:
         r, coef = self.relaxation, self.C
         const = coef.new_zeros(len(coef))
         hs: list[Tensor] = []
+        lines: list[tuple[Tensor, Tensor]] = []
         for k, (start, end) in reversed(list(enumerate(layers(self.net)))):
-            const = const + coef @ self.net.affines[k + 1].bias
+            const += coef @ self.net.affines[k + 1].bias
             h = self.net.affines[k + 1].transposed(coef)
-            negative = h.clamp(max=0)
-            coef = torch.addcmul(h.clamp(min=0) * alpha[:, start:end], negative, r.upper[:, start:end])
-            const = const + (negative * r.intercept[:, start:end]).sum(1)
+            on_upper = below_zero(h)
+            slope = torch.lerp(alpha[:, start:end], r.upper[:, start:end], on_upper)
+            intercept = on_upper * r.intercept[:, start:end]
+            const += (h * intercept).sum(1)
+            coef = h * slope
             if beta is not None and positions:
                 rows, slots, local = positions[k]
                 assert self.splits is not None
                 change = -beta[rows, slots] * self.splits.sign[rows, slots]
                 coef.index_put_((rows, local), change, accumulate=True)
             hs.append(h)
-        const = const + coef @ self.net.affines[0].bias
-        return Backward(const, self.net.affines[0].transposed(coef), hs[::-1], alpha)
+            lines.append((slope, intercept))
+        const += coef @ self.net.affines[0].bias
+        coef = self.net.affines[0].transposed(coef)
+        corner = torch.lerp(self.x_lb, self.x_ub, below_zero(coef))
+        return Backward(const, coef, corner, hs[::-1], lines[::-1])
 
     def concretize(self, b: Backward) -> Tensor:
         """Minimum over the box, (R,); +inf where the splits contradict the bounds."""
-        lb = b.const + torch.addcmul(b.coef.clamp(min=0) * self.x_lb, b.coef.clamp(max=0), self.x_ub).sum(1)
+        lb = b.const + (b.coef * b.corner).sum(1)
         return lb if self.empty is None else lb.masked_fill(self.empty, float("inf"))
 
     def bound(self, alpha: Tensor, beta: Tensor | None = None) -> Tensor:
         """Lower bound of every row, (R,); alpha in [floor, ceil] and beta >= 0 are not checked."""
         return self.concretize(self.backward(alpha, beta))
 
-    def minimiser(self, b: Backward) -> Tensor:
-        """Corner of the box (R, n) where const + coef . x is smallest."""
-        return torch.lerp(self.x_lb, self.x_ub, below_zero(b.coef))
-
 
 def below_zero(t: Tensor) -> Tensor:
     """1 where t < 0, else 0. With it `lerp` is an exact `torch.where`, 10 times as fast on the CPU (measured)."""
-    return t.sign().clamp_(max=0).neg_()
+    t = t.detach()
+    return torch.lt(t, 0, out=torch.empty_like(t))
 
 
 def rows_at_once(net: ChainNet) -> int:

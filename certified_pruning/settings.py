@@ -7,6 +7,7 @@ from certified_pruning.models import BUILDERS
 from certified_pruning.verdicts import VerifyConfig
 from common.config import require
 from common.data import DataConfig
+from common.experiment import InputConfig
 from common.runs import RunConfig
 from common.study import StudyConfig
 
@@ -15,22 +16,18 @@ Method = Literal["imp", "random", "snip", "taylor", "hydra", "imp+nrs", "slim", 
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(InputConfig):
     """The network."""
 
     name: str = "cnn_s"
     """see models.py"""
     channels: list[int] = field(default_factory=list)
     """widths of the convolutions; empty: the network's own"""
-    mean: list[float] = field(default_factory=lambda: [0.0])
-    """the network sees (pixels - mean) / std, by channel"""
-    std: list[float] = field(default_factory=lambda: [1.0])
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.name in BUILDERS, "model.name", self.name, f"one of {', '.join(BUILDERS)}")
         require(all(width > 0 for width in self.channels), "model.channels", self.channels, "positive widths")
-        require(len(self.mean) == len(self.std) > 0, "model.std", self.std, "as many numbers as model.mean")
-        require(all(value > 0 for value in self.std), "model.std", self.std, "positive")
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,8 @@ class TrainConfig:
     """share of the steps over which lr rises; then it falls to 0 in a straight line"""
     milestones: list[int] = field(default_factory=list)
     """epochs after which lr is divided by 10; given, they replace warm-up and decay"""
+    milestones_early: int = 0
+    """by so many epochs the milestones of rounds after the first come earlier; 8 in the released FGSM code"""
     momentum: float = 0.9
     """of sgd"""
     weight_decay: float = 5e-4
@@ -70,6 +69,8 @@ class TrainConfig:
     """weight of the mean batch-norm scale, for the method slim"""
     loss_fusion: bool = True
     """crown_ibp bounds the sum of exponentials at once instead of every margin"""
+    bounds: Literal["native", "auto_lirpa"] = "native"
+    """auto_lirpa: crown_ibp trains on that package's bounds, with loss_fusion false; pruners' scores stay native"""
 
     def __post_init__(self) -> None:
         require(0 <= self.eps <= 1, "train.eps", self.eps, "in [0, 1]")
@@ -84,6 +85,10 @@ class TrainConfig:
         require(self.gradalign >= 0, "train.gradalign", self.gradalign, "at least 0")
         require(self.nrs >= 0, "train.nrs", self.nrs, "at least 0")
         require(self.slim >= 0, "train.slim", self.slim, "at least 0")
+        require(self.milestones_early >= 0, "train.milestones_early", self.milestones_early, "at least 0")
+        possible = self.bounds == "native" or (self.regime == "crown_ibp" and not self.loss_fusion)
+        allowed = "native, or else with regime crown_ibp and loss_fusion false"
+        require(possible, "train.bounds", self.bounds, allowed)
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,7 @@ class StudyCell:
     epochs: int | None = None
     eps_start: int | None = None
     eps_length: int | None = None
+    weight_decay: float | None = None
     rate: float | None = None
     rounds: int | None = None
     first_round: int | None = None

@@ -5,9 +5,7 @@ Data-parallel: torchrun --nproc_per_node=N certified_pruning/train.py --config .
 """
 
 import copy
-import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from certified_pruning.auto_lirpa import BoundedModule, bounded
 from certified_pruning.channel_pruners import density
 from certified_pruning.eps_schedule import LinearEps, SmoothedEps
 from certified_pruning.fast_ibp import fast_ibp_init_
 from certified_pruning.lottery import initial_masks, next_masks
 from certified_pruning.models import build_model
-from certified_pruning.objective import normalizer, robust_loss
+from certified_pruning.objective import robust_loss
 from certified_pruning.settings import Config
 from common import distributed
-from common.config import ConfigError, command, parse, require
-from common.data import ImageSet, Splits, batches, in_order, load, pixels, steps_per_epoch
+from common.config import ConfigError, command
+from common.data import ImageSet, Splits, batches, load, pixels, steps_per_epoch
+from common.experiment import accuracy, train_command
 from common.masks import Masks
 from common.runs import Run, generator, read_json, save_checkpoint, seed_everything
 
@@ -44,12 +44,16 @@ def train(config: Config, folder: Path, progress: Callable[[float], None] | None
         model = network(config, splits.train).to(device)
         if config.train.regime == "fast_ibp":
             fast_ibp_init_(model)
+        graph = None
+        if config.train.bounds == "auto_lirpa":
+            channels, size = config.model.image_shape(splits.train)
+            graph = bounded(model.train(), (channels, size, size))
         total = steps * config.prune.rounds
         run = Run(folder, config, total_steps=total, checkpoint_every=config.run.checkpoint_every, progress=progress)
         if run.finished:
             return read_json(folder / "done.json")
         with run:
-            return _rounds(config, run, splits, model, steps)
+            return _rounds(config, run, splits, model, graph, steps)
 
 
 @dataclass
@@ -76,7 +80,9 @@ class Chain:
         self.levels, self.position = state["levels"], state["position"]
 
 
-def _rounds(config: Config, run: Run, splits: Splits, model: nn.Module, steps: int) -> dict[str, Any]:
+def _rounds(
+    config: Config, run: Run, splits: Splits, model: nn.Module, graph: BoundedModule | None, steps: int
+) -> dict[str, Any]:
     device = next(model.parameters()).device
     initial = copy.deepcopy(model.state_dict())
     chain = Chain(model, _optimizer(config, model), initial_masks(config, model), initial, levels=[])
@@ -96,13 +102,13 @@ def _rounds(config: Config, run: Run, splits: Splits, model: nn.Module, steps: i
         for step in run.steps(chain.position, (level + 1) * steps, chain.state):
             images, labels = (tensor.to(device, non_blocking=True) for tensor in next(stream))
             model.train()
-            loss, logits = _loss(config, model, pixels(images), labels, step, steps)
+            loss, logits = _loss(config, model, pixels(images), labels, step, steps, graph)
             run.require_finite(step, loss=loss.item())
             chain.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             distributed.synchronize(model)
             nn.utils.clip_grad_norm_(model.parameters(), config.train.clip)
-            chain.optimizer.param_groups[0]["lr"] = learning_rate(config, step % steps, steps)
+            chain.optimizer.param_groups[0]["lr"] = learning_rate(config, step, steps)
             chain.optimizer.step()
             chain.position = step + 1
             if config.prune.prune_type == "rewind_lt" and chain.position == config.prune.rewind_epoch * per_epoch:
@@ -114,7 +120,10 @@ def _rounds(config: Config, run: Run, splits: Splits, model: nn.Module, steps: i
         detach()
         if config.prune.prune_type == "pt" and level == 0:
             chain.initial = copy.deepcopy(model.state_dict())
-        level_metrics = {"density": density(chain.masks), "val_accuracy": accuracy(model, splits.val, config, device)}
+        level_metrics = {
+            "density": density(chain.masks),
+            "val_accuracy": accuracy(model, splits.val, config.model.normalize),
+        }
         run.log(chain.position, "val", **level_metrics)
         chain.levels.append(level_metrics)
         if run.writes:
@@ -130,10 +139,7 @@ def network(config: Config, data: ImageSet) -> nn.Module:
     """The configured network for images like those of `data`, its weights drawn now. Raises `ConfigError`."""
     if not isinstance(data.images, Tensor):
         raise ConfigError(f"data.name must be a data set that fits memory, got {config.data.name!r}")
-    _, channels, size, width = data.images.shape
-    require(size == width, "data", (size, width), "square images")
-    fits = len(config.model.mean) in (1, channels)
-    require(fits, "model.mean", config.model.mean, f"as many numbers as the images' {channels} channels, or one")
+    channels, size = config.model.image_shape(data)
     try:
         return build_model(config.model.name, channels, size, data.classes, config.model.channels or None)
     except ValueError as error:
@@ -141,23 +147,16 @@ def network(config: Config, data: ImageSet) -> nn.Module:
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:
-    """Learning rate of step `step` of a round of `steps`: warm-up and straight decay, or a tenth at each milestone."""
+    """Learning rate of step `step` of a chain with rounds of `steps`, each with the same schedule.
+
+    Warm-up and straight decay, or a tenth at each milestone.
+    """
+    number, step = divmod(step, steps)
     if config.train.milestones:
-        epoch = step // (steps // config.train.epochs)
+        epoch = step // (steps // config.train.epochs) + (config.train.milestones_early if number else 0)
         return config.train.lr * 0.1 ** sum(epoch >= milestone for milestone in config.train.milestones)
     rise = max(config.train.warmup * steps, 1)
     return config.train.lr * min((step + 1) / rise, (steps - step) / max(steps - rise, 1))
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: ImageSet, config: Config, device: torch.device) -> float:
-    """Clean accuracy in percent."""
-    model.eval()
-    normalize, correct = normalizer(config), 0
-    for images, labels in in_order(data, 500):
-        logits = model(normalize(pixels(images.to(device))))
-        correct += int((logits.argmax(1) == labels.to(device)).sum())
-    return 100 * correct / max(len(data), 1)
 
 
 def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -168,11 +167,17 @@ def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _loss(
-    config: Config, model: nn.Module, raw: Tensor, labels: Tensor, step: int, steps: int
+    config: Config,
+    model: nn.Module,
+    raw: Tensor,
+    labels: Tensor,
+    step: int,
+    steps: int,
+    graph: BoundedModule | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and logits of this rank's images in step `step` of the chain."""
     eps = _eps(config, steps)(step % steps)
-    return robust_loss(config, model, raw, labels, eps, generator(config.seed, 1, step))
+    return robust_loss(config, model, raw, labels, eps, generator(config.seed, 1, step), graph)
 
 
 def _eps(config: Config, steps: int) -> LinearEps | SmoothedEps:
@@ -185,16 +190,14 @@ def _eps(config: Config, steps: int) -> LinearEps | SmoothedEps:
 
 def main() -> None:
     """The command line."""
-    config = parse(Config, prog="python certified_pruning/train.py", description=(__doc__ or "").splitlines()[0])
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    folder = Path(config.run.folder or f"runs/certified_pruning/{config.prune.method}-seed{config.seed}")
-    metrics = train(config, folder)
-    if int(os.environ.get("RANK", 0)):
-        return
-    for number, level in enumerate(metrics["levels"]):
-        print(f"round {number}: density {level['density']:.4f}, validation accuracy {level['val_accuracy']:.2f} %")
-    print(f"finished in {folder}; next: {sys.executable} certified_pruning/eval.py --folder {folder}")
+
+    def summary(metrics: Mapping[str, Any]) -> str:
+        return "\n".join(
+            f"round {number}: density {level['density']:.4f}, validation accuracy {level['val_accuracy']:.2f} %"
+            for number, level in enumerate(metrics["levels"])
+        )
+
+    train_command(__file__, Config, train, lambda config: f"{config.prune.method}-seed{config.seed}", summary)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Verify your own network: python certified_pruning/verify.py --checkpoint net.pt --model.name cnn_s --eps 0.1
 
 Or every ticket of runs of train.py: --runs DIR. --paper-verifier is the paper's budgets; options beside it override.
+--bounds auto_lirpa bounds any graph of your own, incompletely.
 Sharded over images: torchrun --nproc_per_node=N certified_pruning/verify.py ...
 """
 
@@ -12,14 +13,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from certified_pruning.compress import compress_channels
+from certified_pruning.errors import UnsupportedLayerError
 from certified_pruning.export import export_instances
+from certified_pruning.lirpa_verifier import LirpaVerifier
 from certified_pruning.settings import Config, ModelConfig
 from certified_pruning.train import network
 from certified_pruning.verdicts import ImageVerdict, VerifyConfig, VerifyReport
@@ -55,6 +58,8 @@ class Arguments:
     images: int = 100
     """verified images: the first ones of the test split"""
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    bounds: Literal["native", "auto_lirpa"] = "native"
+    """native: the complete verifier, of chains; auto_lirpa: bounds of that package, of any graph, without branching"""
     report: str = "verification.json"
     """file for the verdicts"""
     export: str = ""
@@ -79,7 +84,7 @@ class Job:
 
     name: str
     model: nn.Module
-    verifier: CompleteVerifier
+    verifier: CompleteVerifier | LirpaVerifier
     raw: Tensor
     labels: Tensor
     classes: int
@@ -119,9 +124,15 @@ def jobs(arguments: Arguments, device: torch.device) -> list[Job]:
 
 
 def verify(job: Job, progress: Callable[[float], None]) -> VerifyReport:
-    """Verdicts on all images of the job, in their order, on every rank; this rank works on images rank::world."""
+    """Verdicts on all images of the job, in their order, on every rank; this rank works on images rank::world.
+
+    Raises `UserError` where the bounds of a layer turn out not to be known.
+    """
     rank, world = distributed.rank(), distributed.world_size()
-    mine = job.verifier.verify(job.raw[rank::world], job.labels[rank::world], progress).images
+    try:
+        mine = job.verifier.verify(job.raw[rank::world], job.labels[rank::world], progress).images
+    except ValueError as error:
+        raise UserError(f"{job.name}: {error}") from error
     for verdict in mine:
         verdict.witness = None if verdict.witness is None else verdict.witness.cpu()
     parts: list[list[ImageVerdict]] = [mine]
@@ -155,11 +166,11 @@ def _job(name: str, model: nn.Module, test: ImageSet, eps: float, config: ModelC
     if not isinstance(test.images, Tensor):
         raise ConfigError("data.name must be a data set that fits memory, got 'imagefolder'")
     raw, labels = pixels(test.images[: arguments.images]), test.labels[: arguments.images]
-    normalize = (config.mean, config.std)
+    normalize, kind = (config.mean, config.std), CompleteVerifier if arguments.bounds == "native" else LirpaVerifier
     try:
-        verifier = CompleteVerifier(
-            model.eval(), tuple(raw.shape[1:]), eps, test.classes, arguments.verify, normalize=normalize
-        )
+        verifier = kind(model.eval(), tuple(raw.shape[1:]), eps, test.classes, arguments.verify, normalize=normalize)
+    except UnsupportedLayerError as error:
+        raise UserError(f"{name}: {error}; bounds auto_lirpa takes other graphs") from error
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     return Job(name, model, verifier, raw, labels, test.classes, eps, config)
@@ -249,7 +260,7 @@ def _verify_all(arguments: Arguments, device: torch.device) -> None:
 
 def main() -> None:
     """The command line."""
-    description = " ".join((__doc__ or "").split("\n")[:3])
+    description = " ".join((__doc__ or "").split("\n")[:4])
     argv = expand(sys.argv[1:])
     arguments = parse(Arguments, argv, prog="python certified_pruning/verify.py", description=description)
     if arguments.threads:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 REFERENCE = Path(__file__).parent / "reference"
 BOUNDS = ["bounds_fc", "bounds_conv", "bounds_conv3"]
@@ -81,6 +82,23 @@ def small_conv(seed: int = 0, classes: int = 4) -> nn.Sequential:
     layers = [nn.Conv2d(1, 3, 3, 2, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 2, 1, 1), nn.BatchNorm2d(4)]
     layers += [nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4 * 4, 8), nn.ReLU(), nn.Linear(8, classes)]
     return randomise_norms(nn.Sequential(*layers), seed).eval()
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(channels, channels, 3, 1, 1) for _ in range(2))
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.second(F.relu(self.norm(self.first(x)))))
+
+
+def small_resnet() -> nn.Sequential:
+    """Input (1, 8, 8), 5 classes: two residual blocks."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), Residual(4), Residual(4), nn.AvgPool2d(2), nn.Flatten()]
+    return randomise_norms(nn.Sequential(*layers, nn.Linear(16, 5)), 1).eval()
 
 
 def mlp(sizes: list[int], seed: int = 0) -> nn.Sequential:

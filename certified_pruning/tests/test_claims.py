@@ -98,3 +98,11 @@ def test_figures_show_dense_nets_that_were_verified_in_another_chain() -> None:
     curves = {line.get_label(): line for line in figures["levels"].axes[0].containers}
     assert [len(curves[name].lines[0].get_xdata()) for name in ("imp", "random", "slim")] == [3, 2, 1]
     assert curves["random"].lines[0].get_ydata()[0] == 50
+
+
+def test_densities_too_close_to_be_told_apart_share_a_tick() -> None:
+    near = [
+        {**r, "cell": {**r["cell"], "density": d}} for r, d in zip(table()[:4], (1, 0.4, 0.064, 0.0625), strict=True)
+    ]
+    axes = draw(near)["levels"].axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "0.4", "0.064"]

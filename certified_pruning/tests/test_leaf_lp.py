@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from certified_pruning import leaf_lp
 from certified_pruning.chain import ChainNet
 from certified_pruning.ibp import ibp
-from certified_pruning.leaf_lp import solve_leaf
+from certified_pruning.leaf_lp import Leaf, solve_leaf
 from certified_pruning.rows import Splits, join
 from certified_pruning.tests.nets import mlp
 
@@ -39,6 +42,18 @@ def test_leaves_cover_the_plane_and_each_has_its_exact_minimum(seed: int) -> Non
         assert leaf.lb >= least - 0.02  # the grid misses the vertices by up to a step
         assert float(net.forward(leaf.x[None])[0] @ C) == pytest.approx(leaf.lb, abs=1e-6)
     assert empty > 0
+
+
+def test_a_solver_that_calls_a_leaf_infeasible_is_believed_only_with_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = ChainNet.from_module(mlp([2, 3, 2]), (2,), torch.float64)
+    one = torch.ones(3, dtype=torch.float64)
+    splits = Splits(torch.tensor([[0, 1, 2]]), torch.ones(1, 3))
+    x = torch.linspace(-1, 1, 41, dtype=torch.float64)
+    inside = (net.head(0).forward(torch.cartesian_prod(x, x)) >= 0).all(1)
+    assert inside.any()
+    monkeypatch.setattr(leaf_lp, "linprog", lambda *_, **__: SimpleNamespace(status=2))
+    leaf = solve_leaf(net, one[:2], -one[:2], one[:2], -one, one, splits)
+    assert leaf == Leaf(-float("inf"), None)
 
 
 def test_an_undecided_neuron_is_refused() -> None:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import random
 import signal
-import sys
-import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +18,19 @@ from certified_pruning import objective
 from certified_pruning import train as training
 from certified_pruning.settings import Config
 from certified_pruning.train import learning_rate, train
-from common.config import UserError, command, load, parse
+from common.config import UserError, load, parse
 from common.data import load as load_data
-from common.runs import load_checkpoint, read_json, save_checkpoint
+from common.runs import load_checkpoint, read_json
 from common.tests import children
+from common.tests.paper_checks import (
+    check_eval_refuses,
+    copied,
+    kill_after_a_checkpoint,
+    losses,
+    quiet,
+    refusal,
+    said,
+)
 
 SCRIPT = Path(training.__file__)
 SMOKE = SCRIPT.parent / "configs" / "smoke.yaml"
@@ -44,10 +49,6 @@ def config(*options: object) -> Config:
     return parse(Config, arguments(*options), prog="train.py")
 
 
-def quiet(fraction: float) -> None:
-    pass
-
-
 class Chain(NamedTuple):
     """A finished chain; of the start of each round the network's weights and the number of momenta in the optimiser."""
 
@@ -64,12 +65,12 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder, starts, momenta = tmp_path_factory.mktemp("chain") / "run", [], []
     loss, build, optimizers = training._loss, training._optimizer, []
 
-    def watched(config: Config, model: Any, raw: Tensor, labels: Tensor, step: int, steps: int) -> Any:
+    def watched(config: Config, model: Any, raw: Tensor, labels: Tensor, step: int, steps: int, *rest: Any) -> Any:
         assert steps == STEPS
         if step % steps == 0:
             starts.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
             momenta.append(len(optimizers[-1].state))
-        return loss(config, model, raw, labels, step, steps)
+        return loss(config, model, raw, labels, step, steps, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_loss", watched)
@@ -166,6 +167,15 @@ def test_milestones_divide_the_learning_rate_by_ten() -> None:
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01])
 
 
+def test_milestones_of_rounds_after_the_first_come_earlier_by_the_epochs_asked_for() -> None:
+    there = config(
+        "--train.lr", 1.0, "--train.epochs", 4, "--train.milestones", "[2, 3]", "--train.milestones_early", 1
+    )
+    first, second = ([learning_rate(there, step, 8) for step in range(start, start + 8)] for start in (0, 8))
+    assert first == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert second == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01])
+
+
 def test_every_round_ramps_eps_anew() -> None:
     there = config("--train.eps", 0.1, "--train.eps_ramp", 0.5)
     seen = []
@@ -200,19 +210,11 @@ def started(folder: Path) -> Any:
 def test_a_chain_killed_within_and_between_rounds_equals_an_undisturbed_one_bit_for_bit(
     tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    folder, draw = tmp_path / "run", random.Random(0)
-    checkpoint, tickets = folder / "checkpoint.pt", folder / "tickets"
-
-    def stamp() -> int:
-        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-
-    for moment in ("step", "ticket", "step", "ticket", "step"):
-        process, before, count = started(folder), stamp(), len(list(tickets.glob("?.pt")))
-        if moment == "ticket":
-            children.until(lambda count=count: (tickets / f"{count}.pt").exists())
-        else:
-            children.until(lambda before=before: stamp() > before)
-            time.sleep(draw.uniform(0, 0.02))
+    folder = tmp_path / "run"
+    kill_after_a_checkpoint(started, folder)
+    for _ in range(2):
+        process, count = started(folder), len(list((folder / "tickets").glob("?.pt")))
+        children.until(lambda count=count: (folder / "tickets" / f"{count}.pt").exists())
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -225,11 +227,7 @@ def test_two_processes_train_the_chain_of_one_at_the_same_global_batch(tmp_path:
     train(config(*WITHOUT_NORMS), one, quiet)
     done = children.run(*children.TORCHRUN, SCRIPT, *arguments(*WITHOUT_NORMS, "--run.folder", two))
     assert done.returncode == 0, done.stderr
-    losses = [
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss" in line]
-        for folder in (one, two)
-    ]
-    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], abs=1e-5, rel=0)
+    assert len(losses(one)) == 6 and losses(two) == pytest.approx(losses(one), abs=1e-5, rel=0)
     last = [load_checkpoint(folder / "tickets" / f"{ROUNDS - 1}.pt")["masks"] for folder in (one, two)]
     assert last[0].keys() == last[1].keys()
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
@@ -244,14 +242,6 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path: Path) -> None:
 # The command line
 
 
-def said(main: Callable[[], None], argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str, str]:
-    """Exit status, stdout and stderr of a command."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(sys, "argv", ["command", *argv])
-        command(main)
-    return ended.value.code, *capsys.readouterr()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -264,9 +254,7 @@ def test_a_wrong_option_ends_in_one_line_before_anything_is_written(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    status, out, err = said(training.main, arguments("--run.folder", folder, *options), capsys)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith(f"error: {message}")
+    assert refusal(training.main, arguments("--run.folder", folder, *options), capsys).startswith(message)
     assert not folder.exists()
 
 
@@ -295,63 +283,18 @@ def test_training_and_verifying_a_chain_by_command_say_what_came_out(
 # Verifying a run
 
 
-@pytest.fixture
-def run(chain: Chain, tmp_path: Path) -> Path:
-    """A copy of the finished chain, to damage."""
-    for path in (path for path in chain.folder.rglob("*") if path.is_file()):
-        copy = tmp_path / "run" / path.relative_to(chain.folder)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    return tmp_path / "run"
-
-
-def refusal(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What eval.py says to `folder`: one line, status 2."""
-    status, out, err = said(evaluation.main, ["--folder", str(folder)], capsys)
-    *_, line = err.splitlines()
-    assert (status, out) == (2, "") and line.startswith("error: ") and err.count("error: ") == 1
-    return line.removeprefix("error: ")
-
-
 only_imp = pytest.mark.parametrize("chain", ["imp"], indirect=True)
 
 
-def test_verifying_an_absent_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refusal(tmp_path / "run", capsys) == f"{tmp_path}/run: no such run (it has no config.yaml)"
-
-
-def test_verifying_without_a_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert said(evaluation.main, [], capsys)[::2] == (2, "error: folder must be the folder of a run, got ''\n")
-
-
-@only_imp
-def test_verifying_an_unfinished_run_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "done.json").unlink()
-    assert refusal(run, capsys) == f"{run}: this run is not finished; run train.py with its configuration again"
+@pytest.fixture
+def run(chain: Chain, tmp_path: Path) -> Path:
+    """A copy of the finished chain, to damage."""
+    return copied(chain.folder, tmp_path / "run")
 
 
 @only_imp
-@pytest.mark.parametrize("name", ["config.yaml", "eval.json", "tickets/0.pt"])
-def test_verifying_a_run_with_a_damaged_file_is_refused_by_its_name(
-    name: str, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (run / name).write_bytes((run / "config.yaml").read_bytes()[:50] + b"\n[}")
-    assert refusal(run, capsys).startswith(f"{run}/{name}: ")
-
-
-@only_imp
-def test_verifying_a_run_without_one_of_its_tickets_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "tickets" / "0.pt").unlink()
-    assert refusal(run, capsys) == f"{run}/tickets/0.pt: no such checkpoint"
-
-
-@only_imp
-@pytest.mark.parametrize("content", [{"density": 1.0}, {"density": 1.0, "model": {"0.weight": torch.ones(1)}}])
-def test_verifying_the_ticket_of_another_network_is_refused(
-    content: dict[str, Any], run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_checkpoint(run / "tickets" / "0.pt", content)
-    assert refusal(run, capsys) == f"{run}/tickets/0.pt: not a ticket of this run's network"
+def test_absent_unfinished_and_damaged_runs_are_refused_by_name(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_eval_refuses(evaluation.main, run, "tickets/0.pt", capsys)
 
 
 @only_imp
@@ -376,7 +319,7 @@ def test_verified_falsified_and_unknown_images_are_the_correctly_classified_ones
     for number, (metrics, level) in enumerate(zip(evaluation.evaluate(run), levels, strict=True)):
         assert (metrics["density"], metrics["val_accuracy"]) == (level["density"], level["val_accuracy"])
         model.load_state_dict(load_checkpoint(run / "tickets" / f"{number}.pt")["model"])
-        correct = training.accuracy(model, images, there, torch.device("cpu"))
+        correct = training.accuracy(model, images)
         assert metrics["verified"] + metrics["falsified"] + metrics["unknown"] == pytest.approx(correct)
         assert metrics["alpha_verified"] <= metrics["verified"] <= 100
         assert 0 <= metrics["unstable"] <= 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from certified_pruning import leaf_lp, problem
+from certified_pruning import problem
 from certified_pruning.attack import pgd_attack
 from certified_pruning.bench import SHAPE as BENCH_SHAPE
 from certified_pruning.bench import demo_net
@@ -106,8 +106,7 @@ def test_verdicts_agree_with_a_fine_grid_of_the_plane(seed: int, bab_steps: int)
             assert v.status == "falsified"
 
 
-@pytest.mark.parametrize("eps", [0.1, 0.17])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "eps"), [(0, 0.1), (1, 0.17)])
 def test_witnesses_are_true_and_verified_images_survive_a_strong_attack(seed: int, eps: float) -> None:
     model, shape, norm = odd_net(seed), (2, 9, 7), ((0.45, 0.5), (0.8, 1.1))
     mean, std = (torch.tensor(t).view(1, 2, 1, 1) for t in norm)
@@ -133,7 +132,7 @@ def test_witnesses_are_true_and_verified_images_survive_a_strong_attack(seed: in
 def test_verified_images_of_a_trained_net_survive_pgd_of_200_steps_and_10_starts() -> None:
     eps = 0.1
     model, x, y = demo_net(epochs=2, eps=eps)
-    x, y = x[:24], y[:24]
+    x, y = x[:18], y[:18]
     config = VerifyConfig(max_nodes=40, bab_steps=8, root_steps=8, pgd_restarts=0)
     report = CompleteVerifier(model, BENCH_SHAPE, eps, 10, config).verify(x, y)
     keep = torch.tensor([v.status == "verified" for v in report.images])
@@ -286,15 +285,6 @@ def test_widened_float32_bounds_contain_the_float64_bounds_and_keep_dead_neurons
         assert bool((lower <= l).all()) and bool((upper >= u).all())
         assert bool((a - lower <= 1e-4).all()) and bool((upper - b <= 1e-4).all())
     assert bool((wide[2][0][:, 3] == 0).all()) and bool((wide[2][1][:, 3] == 0).all())
-
-
-def test_without_scipy_leaves_are_at_worst_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    models = [mlp([2, 6, 5, 3], seed) for seed in range(4)]
-    config = VerifyConfig(max_nodes=None, bab_steps=0, root_steps=0, pgd_restarts=0)
-    exact = [statuses(CompleteVerifier(m, (2,), 0.3, 3, config).verify(*labelled(m, (2,), 8))) for m in models]
-    monkeypatch.setattr(leaf_lp, "linprog", None)
-    rough = [statuses(CompleteVerifier(m, (2,), 0.3, 3, config).verify(*labelled(m, (2,), 8))) for m in models]
-    assert all(b in (a, "unknown") for r, s in zip(exact, rough, strict=True) for a, b in zip(r, s, strict=True))
 
 
 def test_same_seed_gives_the_same_verdicts_nodes_and_witnesses() -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from certified_pruning import verify
 from certified_pruning.models import cnn_s
 from certified_pruning.settings import Config, ModelConfig, TrainConfig
-from certified_pruning.tests.nets import images, randomise_norms
+from certified_pruning.tests.nets import Residual, images, randomise_norms
 from certified_pruning.verdicts import VerifyConfig
 from certified_pruning.verifier import CompleteVerifier
 from common.config import command, dump
@@ -52,8 +52,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in weights.items()}}, place / "parallel.pth")
     save_checkpoint(place / "ticket.pt", {"model": weights, "masks": {}, "density": 1.0})
     (place / "my_nets.py").write_text(
+        "from torch import nn\n"
         "from certified_pruning.models import cnn_s\n"
+        "from certified_pruning.tests.nets import Residual\n"
         f"def build():\n    return cnn_s(1, {SIZE}, {CLASSES}, [3, 4])\n"
+        "def residual():\n    layers = list(build().children())\n"
+        "    return nn.Sequential(*layers[:6], Residual(4), *layers[6:])\n"
         "def number():\n    return 3\n"
         "def broken():\n    raise RuntimeError('no\\nluck')\n"
     )
@@ -122,6 +126,26 @@ def test_a_model_of_the_users_own_function_gets_the_same_verdicts(
     assert verdicts(networks(place / "report.json")[0]) == expected
     printed = capsys.readouterr().out
     assert printed.count("│") >= 20 * 8 and f"20 images at eps {EPS}: verified" in printed
+
+
+def test_a_graph_that_is_no_chain_is_refused_by_name_unless_auto_lirpa_is_to_bound_it(
+    place: Path, expected: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`net()` with a residual block that adds nothing, so that the verdicts are known."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    layers, block = list(net().children()), Residual(4)
+    block.second.weight.data.zero_()
+    block.second.bias.data.zero_()
+    torch.save(nn.Sequential(*layers[:6], block, *layers[6:]).state_dict(), place / "residual.pt")
+    given = options(place, "residual.pt", model__build="my_nets:residual", model__channels=None)
+    assert status_of(monkeypatch, given) == 2
+    line = capsys.readouterr().err
+    assert re.search(r"layer '6' is a Residual: .*; bounds auto_lirpa takes other graphs\n$", line), line
+    assert status_of(monkeypatch, [*given, "--bounds=auto_lirpa"]) == 0
+    rows = networks(place / "report.json")[0]["images"]
+    assert all(row["status"] in (known["status"], "unknown") for row, known in zip(rows, expected, strict=True))
+    assert {"verified", "misclassified"} <= {row["status"] for row in rows} and not any(row["nodes"] for row in rows)
 
 
 def test_two_processes_write_the_report_of_one(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
