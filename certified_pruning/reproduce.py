@@ -17,6 +17,7 @@ from certified_pruning.settings import Config, PruningStudy
 from certified_pruning.train import train
 from common.claims import report
 from common.config import command, dump
+from common.data import load
 from common.study import Cell, run_study, study_config
 
 HERE = Path(__file__).parent
@@ -49,6 +50,7 @@ def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
     config = study_config(Config, HERE / "configs", arguments)
+    load(config.data)  # once, before any cell: a download happens here, a data set that is not there ends here
     shared = replace(config, study=PruningStudy())
     cells = []
     for seed in config.study.seeds:

@@ -11,9 +11,6 @@ from typing import Any
 from scipy import stats
 
 from common.claims import Claim, Rows
-from diverse_vit.figures import draw
-
-__all__ = ["CLAIMS", "draw"]
 
 Metrics = Mapping[str, Any]
 Number = Callable[[Metrics], float]

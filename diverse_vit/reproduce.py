@@ -16,9 +16,10 @@ from common.config import command, dump
 from common.data import in_order, load, pixels
 from common.runs import seed_everything
 from common.study import Cell, Progress, run_study, study_config
-from diverse_vit.claims import CLAIMS, draw
+from diverse_vit.claims import CLAIMS
 from diverse_vit.cost import cost_ratios
 from diverse_vit.eval import evaluate, trained_network
+from diverse_vit.figures import draw
 from diverse_vit.models import network
 from diverse_vit.settings import Config, DiverseStudy, ObjectiveConfig
 from diverse_vit.train import train
@@ -53,6 +54,7 @@ def cost(config: Config, folder: Path) -> dict[str, float]:
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
     config = study_config(Config, HERE / "configs", arguments)
+    load(config.data)  # once, before any cell: a download happens here, a data set that is not there ends here
     study = config.study
     cells = [Cell({"arm": arm, **study.arms[arm]}, seed) for seed in study.seeds for arm in study.arms]
     # Nothing of the study but the cell itself: with more arms, seeds or workers finished cells are found again.

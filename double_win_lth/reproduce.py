@@ -15,6 +15,7 @@ from typing import Any
 
 from common.claims import report
 from common.config import command, dump, require
+from common.data import load
 from common.study import Cell, run_study, study_config
 from double_win_lth.claims import claims
 from double_win_lth.figures import draw, extremes
@@ -136,6 +137,8 @@ def similarity_rows(config: Config, regimes: Sequence[RegimeName], root: Path) -
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
     config = study_config(Config, HERE / "configs", arguments)
+    for data in (config.source, config.target):
+        load(data)  # once, before any cell: a download happens here, a data set that is not there ends here
     config.require_apart()
     regimes = [regime for regime in REGIMES if transfers(config, regime)]
     tickets = [ticket for regime in regimes for one in transfers(config, regime) for ticket in one.transfer.tickets]

@@ -12,6 +12,7 @@ from typing import Any
 
 from common.claims import report
 from common.config import command, dump
+from common.data import load
 from common.study import Cell, run_study, study_config
 from sparse_gan.claims import CLAIMS
 from sparse_gan.eval import evaluate
@@ -54,6 +55,7 @@ def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
     config = study_config(Config, HERE / "configs", arguments)
+    load(config.data)  # once, before any cell: a download happens here, a data set that is not there ends here
     cells = [
         Cell({"arm": arm.name, "density_g": arm.density_g, "density_d": arm.density_d}, seed)
         for seed in config.study.seeds

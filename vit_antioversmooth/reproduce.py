@@ -110,6 +110,7 @@ def measure_untrained(config: Config) -> dict[str, Any]:
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
     config = study_config(Config, HERE / "configs", arguments)
+    load(config.data)  # once, before any cell: a download happens here, a data set that is not there ends here
     cells = [Cell({"arm": arm}, seed) for seed in config.study.seeds for arm in config.study.arms]
     # Of the study only what a cell depends on: with more seeds or workers finished cells are found again.
     kept = {field: getattr(config.study, field) for field in CELL_FIELDS}

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from common.claims import judge
-from diverse_vit.claims import CLAIMS, draw
+from diverse_vit.claims import CLAIMS
+from diverse_vit.figures import draw
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
 
