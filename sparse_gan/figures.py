@@ -82,13 +82,17 @@ def _curves(arms: dict[Key, list[dict[str, Any]]]) -> Figure:
 def _topology(arms: dict[Key, list[dict[str, Any]]]) -> Figure:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    drawn: set[float] = set()
     for arm, metrics in arms.items():
-        layers = metrics[0]["layer_density"]
-        left.plot(range(len(layers)), np.mean([list(m["layer_density"].values()) for m in metrics], axis=0), ".-")
-        left.set_xticks(range(len(layers)), list(layers), rotation=70, fontsize=6)
+        layers, density = metrics[0]["layer_density"], metrics[0]["density_g"]
+        if density not in drawn:  # arms of one density have the same layers
+            left.plot(range(len(layers)), list(layers.values()), ".-", label=f"density {density:.2g}")
+            left.set_xticks(range(len(layers)), list(layers), rotation=70, fontsize=6)
+            drawn.add(density)
         right.bar(label(arm), np.mean([m["explored_g"] for m in metrics]), color="C0")
-        right.bar(label(arm), metrics[0]["density_g"], color="C1")
+        right.bar(label(arm), density, color="C1")
     left.set(yscale="log", title="density of the generator's layers")
+    left.legend(fontsize=7)
     right.tick_params(axis="x", labelrotation=70, labelsize=7)
-    right.set(title="generator's weights: active at the end (orange), ever active (blue)")
+    right.set(title="weights active at the end (orange), ever (blue)")
     return figure
