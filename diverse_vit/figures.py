@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from common.claims import Rows
 from common.data import DataConfig, load, pixels
@@ -38,6 +39,7 @@ def _depth(rows: Rows, arms: list[str]) -> Figure:
             curve = _mean(rows, arm, name)
             panel.plot(range(first, first + len(curve)), curve, label=arm)
         panel.set(xlabel="layer", ylabel="mean cosine", title=title)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].legend(fontsize=7)
     return figure
 
@@ -53,6 +55,7 @@ def _spectra(rows: Rows, arms: list[str]) -> Figure:
     right.axhline(gaussian, color="grey", linewidth=0.8, label="Gaussian")
     left.set(xlabel="singular value", ylabel="over the largest", title="q, k, v (mean over matrices)")
     right.set(xlabel="block", ylabel="relative error", title="q, k, v at 25 % of the rank")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.legend(fontsize=7)
     return figure
 
