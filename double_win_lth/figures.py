@@ -5,6 +5,7 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from common.claims import Rows
 from double_win_lth.claims import compare, fractions, gap, levels_of, seeds_of, value
@@ -144,6 +145,7 @@ def _masks(rows: Rows) -> Figure:
                 for level in levels
             ]
             panel.plot(levels, heights, f"C{number}{style}", label=pair if name == "iou" else None)
-    panel.set(xlabel="level", ylabel="IoU", title="likeness of masks (dotted: chance, given the layers' densities)")
+    panel.set(xlabel="level", ylabel="IoU", title="likeness of masks (dotted: by chance, given the layers)")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.legend(fontsize=7)
     return figure
