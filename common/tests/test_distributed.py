@@ -160,16 +160,16 @@ def interrupted(folder: Path) -> dict[str, Any]:
     told: list[float] = []
     with distributed.process_group():
         mine = folder / str(distributed.rank())
-        try:
-            with Run(mine, Config(), total_steps=9, checkpoint_every=2, progress=told.append) as run:
-                assert run.restore() is None
+        with Run(mine, Config(), total_steps=9, checkpoint_every=2, progress=told.append) as run:
+            assert run.restore() is None
+            try:
                 for step in run.steps(0, 9, lambda: {}):
                     run.log(step + 1, "train", loss=1.0)
                     if step == 4 and distributed.rank() == 1:
                         signal.raise_signal(signal.SIGINT)
-        except Interrupted as error:
-            run.finish({})
-            return {"message": str(error).replace(str(mine), "FOLDER"), "writes": run.writes, "steps": len(told)}
+            except Interrupted as error:
+                run.finish({})
+                return {"message": str(error).replace(str(mine), "FOLDER"), "writes": run.writes, "steps": len(told)}
     return {}
 
 
