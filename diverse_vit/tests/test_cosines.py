@@ -114,7 +114,7 @@ def test_layers_of_different_shapes_and_odd_margins_are_refused() -> None:
 SHAPES = st.tuples(st.integers(1, 3), st.integers(2, 9), st.integers(1, 7), st.integers(0, 2**31))
 
 
-def both(loss: Callable[..., Tensor], oracle: Callable[..., Tensor], *inputs: Tensor) -> None:
+def equal_with_gradients(loss: Callable[..., Tensor], oracle: Callable[..., Tensor], *inputs: Tensor) -> None:
     found = []
     for function in (loss, oracle):
         own = [value.clone().requires_grad_() for value in inputs]
@@ -132,7 +132,7 @@ def test_the_cosine_equals_the_mean_over_the_map(
     *sizes, seed = shape
     z = torch.randn(*sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     options = {"absolute": absolute, "diagonal": diagonal, "margin": margin}
-    both(lambda z: cosine(z, **options, chunk=4), lambda z: plain.cosine(z, **options), z)
+    equal_with_gradients(lambda z: cosine(z, **options, chunk=4), lambda z: plain.cosine(z, **options), z)
 
 
 @given(SHAPES, st.booleans())
@@ -141,8 +141,10 @@ def test_losses_across_layers_equal_those_over_the_map(shape: tuple[int, ...], a
     *sizes, seed = shape
     a, b = torch.randn(2, *sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     options = {"absolute": absolute}
-    both(lambda a, b: cosine_across(a, b, **options, chunk=4), lambda a, b: plain.cosine_across(a, b, **options), a, b)
-    both(contrastive, plain.contrastive, a, b)
+    equal_with_gradients(
+        lambda a, b: cosine_across(a, b, **options, chunk=4), lambda a, b: plain.cosine_across(a, b, **options), a, b
+    )
+    equal_with_gradients(contrastive, plain.contrastive, a, b)
 
 
 def test_absolute_cosines_never_hold_the_whole_map() -> None:
