@@ -6,7 +6,7 @@ data-parallel run take slices of the same global batch.
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ import torch.utils.data
 from torch import Tensor
 
 from common import distributed
-from common.config import UserError, require
+from common.config import ConfigError, UserError, require
 from common.runs import generator
 
 Array = np.ndarray[Any, Any]
@@ -55,6 +55,10 @@ class DataConfig:
     """random crop after padding with this many zeros"""
     flip: bool = False
     """random horizontal flip"""
+    repeats: int = 1
+    """an image is drawn this often in one epoch, which then holds that many times fewer images"""
+    auto_augment: str = ""
+    """imagefolder: timm's name of a policy, rand-m9-mstd0.5-inc1 for instance; empty: colour jitter of 0.4"""
     size: int = 224
     """imagefolder: side of the square images"""
     workers: int = 4
@@ -65,6 +69,9 @@ class DataConfig:
         require(0 <= self.val < 1, "data.val", self.val, "in [0, 1)")
         require(self.split_seed >= 0, "data.split_seed", self.split_seed, "at least 0")
         require(self.crop_padding >= 0, "data.crop_padding", self.crop_padding, "at least 0")
+        require(self.repeats >= 1, "data.repeats", self.repeats, "at least 1")
+        files = self.name == "imagefolder"
+        require(files or not self.auto_augment, "data.auto_augment", self.auto_augment, "empty but for imagefolder")
         require(self.size > 0, "data.size", self.size, "at least 1")
         require(self.workers >= 1, "data.workers", self.workers, "at least 1")
         require(len(set(self.classes)) == len(self.classes), "data.classes", self.classes, "without repetition")
@@ -168,12 +175,14 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled, augmented training batches without end, from number `step` on; each epoch drops an incomplete last one.
 
+    With `repeats` (repeated augmentation) an epoch has as many batches; copies of an image lie apart in their batch.
     Yields this rank's images (batch_size / ranks, channels, height, width) uint8 and labels int64.
     """
     per_epoch = steps_per_epoch(data, batch_size)
     for epoch in itertools.count(step // per_epoch):
-        order = torch.randperm(len(data), generator=generator(seed, epoch))
-        plan = [distributed.shard(rows) for rows in order[: per_epoch * batch_size].split(batch_size)]
+        order = torch.randperm(len(data), generator=generator(seed, epoch)).repeat_interleave(config.repeats)
+        apart = torch.cat([torch.arange(batch_size)[first :: config.repeats] for first in range(config.repeats)])
+        plan = [distributed.shard(rows[apart]) for rows in order[: per_epoch * batch_size].split(batch_size)]
         start = step % per_epoch if epoch == step // per_epoch else 0
         if isinstance(data.images, ImageFiles):
             yield from _decoded(data, plan, start, (seed, epoch))
@@ -227,10 +236,7 @@ class _Decoder(torch.utils.data.Dataset[tuple[Tensor, Tensor] | DataError]):
     """One item is one decoded batch, its augmentation seeded by its place: resuming and workers change nothing."""
 
     def __init__(self, data: ImageSet, files: ImageFiles, plan: list[Tensor], seeds: tuple[int, ...]) -> None:
-        from timm.data import create_transform  # here, like torchvision below: these imports take seconds
-
-        size = (3, files.config.size, files.config.size)
-        self.transform = create_transform(size, is_training=bool(seeds), normalize=False)
+        self.transform = _transform(files.config, training=bool(seeds))
         self.data, self.files, self.plan, self.seeds = data, files, plan, seeds
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | DataError:
@@ -238,6 +244,7 @@ class _Decoder(torch.utils.data.Dataset[tuple[Tensor, Tensor] | DataError]):
 
         if self.seeds:  # the transforms draw from the worker's global generators
             random.seed(str((*self.seeds, index, distributed.rank())))
+            np.random.seed(random.getrandbits(32))
             torch.manual_seed(random.getrandbits(63))
         rows = self.plan[index]
         images = []
@@ -247,6 +254,23 @@ class _Decoder(torch.utils.data.Dataset[tuple[Tensor, Tensor] | DataError]):
             except Exception as error:  # returned: raised in a worker, it would arrive as a traceback of many lines
                 return DataError(f"{path}: not a readable image ({_reason(error)})")
         return torch.stack(images), self.data.labels[rows]
+
+
+def _transform(config: DataConfig, training: bool) -> Callable[[Any], Tensor]:
+    """timm's transform of a PIL image to (3, size, size) uint8. Raises `ConfigError` for an unknown policy."""
+    from timm.data import create_transform  # here, like torchvision below: these imports take seconds
+
+    try:
+        return create_transform(  # type: ignore[no-any-return]
+            (3, config.size, config.size),
+            is_training=training,
+            auto_augment=config.auto_augment or None,
+            interpolation="bicubic",
+            normalize=False,
+        )
+    except Exception as error:  # assertions and errors of keys and numbers, by what is wrong with the name
+        allowed = f"a policy that timm knows, such as rand-m9-mstd0.5-inc1 ({_reason(error)})"
+        raise ConfigError(f"data.auto_augment must be {allowed}, got {config.auto_augment!r}") from error
 
 
 def _decoded(data: ImageSet, plan: list[Tensor], start: int = 0, seeds: tuple[int, ...] = ()) -> Iterator[Any]:
@@ -307,6 +331,7 @@ def _read_torchvision(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 def _read_folders(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     from torchvision import datasets
 
+    _transform(config, training=True)  # refuses a policy before anything is computed
     sets, classes = [], []
     for folder in (Path(config.path) / "train", Path(config.path) / "val"):
         try:

@@ -62,6 +62,8 @@ def as_set(split: ImageSet) -> set[bytes]:
         ({"val": -0.1}, "data.val must be in [0, 1), got -0.1"),
         ({"split_seed": -1}, "data.split_seed must be at least 0, got -1"),
         ({"crop_padding": -1}, "data.crop_padding must be at least 0, got -1"),
+        ({"repeats": 0}, "data.repeats must be at least 1, got 0"),
+        ({"auto_augment": "rand-m9"}, "data.auto_augment must be empty but for imagefolder, got 'rand-m9'"),
         ({"size": 0}, "data.size must be at least 1, got 0"),
         ({"workers": 0}, "data.workers must be at least 1, got 0"),
         ({"classes": [1, 2, 1]}, "data.classes must be without repetition, got [1, 2, 1]"),
@@ -240,6 +242,22 @@ def test_an_epoch_shows_each_image_at_most_once_and_drops_less_than_a_batch(
     for _ in range(2):
         shown = torch.cat([images[:, 0, 0, 0] for images, _ in take(per_epoch, stream)]).tolist()
         assert len(set(shown)) == len(shown) == per_epoch * batch_size > count - batch_size
+
+
+def test_repeats_show_a_third_of_the_images_three_times_apart_in_their_batch() -> None:
+    config = DataConfig(repeats=3)
+    epoch = take(5, batches(numbered(30), 6, config, seed=0))
+    ids = torch.stack([images[:, 0, 0, 0] for images, _ in epoch])
+    assert torch.equal(ids, torch.cat([ids[:, :2]] * 3, dim=1))
+    assert len(ids.unique()) == 10
+    assert equal(epoch[3:], take(2, batches(numbered(30), 6, config, seed=0, step=3)))
+
+
+def test_copies_cut_by_the_end_of_a_batch_go_on_in_the_next() -> None:
+    taken = take(2, batches(numbered(8), 4, DataConfig(repeats=3), seed=0))
+    first, second = (images[:, 0, 0, 0].tolist() for images, _ in taken)
+    a, b, c = first[0], first[1], second[1]
+    assert (first, second) == ([a, b, a, a], [b, c, b, c])
 
 
 def test_every_image_keeps_its_label() -> None:
@@ -697,6 +715,8 @@ def test_a_damaged_idx_file_is_refused(idx_root: Path, damage: str) -> None:
 
 # Folders of images
 
+RANDAUGMENT = "rand-m9-mstd0.5-inc1"
+
 
 @pytest.fixture(scope="module")
 def whole_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -721,12 +741,14 @@ def folder(whole_folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def images_in(folder: Path, workers: int = 1, val: float = 0.0) -> DataConfig:
-    return DataConfig(name="imagefolder", path=str(folder), size=8, workers=workers, val=val)
+def images_in(folder: Path, workers: int = 1, val: float = 0.0, auto_augment: str = "") -> DataConfig:
+    return DataConfig("imagefolder", str(folder), size=8, workers=workers, val=val, auto_augment=auto_augment)
 
 
-def stream(folder: Path, count: int, *, workers: int = 1, seed: int = 0, step: int = 0) -> list[Batch]:
-    config = images_in(folder, workers)
+def stream(
+    folder: Path, count: int, *, workers: int = 1, seed: int = 0, step: int = 0, auto_augment: str = ""
+) -> list[Batch]:
+    config = images_in(folder, workers, auto_augment=auto_augment)
     return take(count, batches(load(config).train, 4, config, seed=seed, step=step))
 
 
@@ -758,14 +780,31 @@ def test_files_are_augmented_anew_by_every_seed_epoch_step_and_rank(
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(found, 2))
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_batches_of_files_resume_in_mid_epoch(whole_folder: Path, step: int) -> None:
-    assert equal(stream(whole_folder, 5 - step, step=step, workers=2), stream(whole_folder, 5)[step:])
+@pytest.mark.parametrize(("step", "policy"), [(1, ""), (2, ""), (3, ""), (1, RANDAUGMENT), (3, RANDAUGMENT)])
+def test_batches_of_files_resume_in_mid_epoch(whole_folder: Path, step: int, policy: str) -> None:
+    resumed = stream(whole_folder, 5 - step, step=step, workers=2, auto_augment=policy)
+    assert equal(resumed, stream(whole_folder, 5, auto_augment=policy)[step:])
+
+
+def test_randaugment_changes_the_training_images_alone(whole_folder: Path) -> None:
+    plain, augmented = images_in(whole_folder), images_in(whole_folder, auto_augment=RANDAUGMENT)
+    pairs = zip(stream(whole_folder, 2), stream(whole_folder, 2, auto_augment=RANDAUGMENT), strict=True)
+    assert not any(torch.equal(a[0], b[0]) for a, b in pairs)
+    assert equal(list(in_order(load(plain).test, 2)), list(in_order(load(augmented).test, 2)))
+
+
+@pytest.mark.parametrize("policy", ["rand-x9", "randomly", "v9"])
+def test_a_policy_that_timm_does_not_know_is_refused(whole_folder: Path, policy: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(images_in(whole_folder, auto_augment=policy))
+    message = str(error.value)
+    assert message.startswith("data.auto_augment must be a policy that timm knows, such as rand-m9-mstd0.5-inc1 (")
+    assert message.endswith(f"), got {policy!r}")
 
 
 def test_batches_of_files_leave_the_global_random_state_alone(whole_folder: Path) -> None:
     before = torch.get_rng_state(), random.getstate()
-    stream(whole_folder, 3)
+    stream(whole_folder, 3, auto_augment=RANDAUGMENT)
     list(in_order(load(images_in(whole_folder)).test, 2))
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
