@@ -101,9 +101,10 @@ class PruneConfig:
     """share of the remaining convolution weights (or channels) that a round prunes"""
     rounds: int = 5
     """trained levels, the dense one included"""
-    prune_type: Literal["lt", "rewind_lt", "pt", "finetune"] = "lt"
+    prune_type: Literal["lt", "rewind_lt", "pt", "rewind_trained", "finetune"] = "lt"
     """a round starts from: lt the initial weights; rewind_lt those of epoch rewind_epoch of round 0; pt those that
-    round 0 ends with; finetune what the round before ended with"""
+    round 0 ends with; rewind_trained the same for convolutions, all else goes on, as in the released certified
+    training; finetune what the round before ended with"""
     rewind_epoch: int = 8
     """of rewind_lt"""
     at_init: bool = False

@@ -25,7 +25,7 @@ from common import distributed
 from common.config import ConfigError, command
 from common.data import ImageSet, Splits, batches, load, pixels, steps_per_epoch
 from common.experiment import accuracy, train_command
-from common.masks import Masks
+from common.masks import Masks, prunable_weights
 from common.runs import Run, generator, read_json, save_checkpoint, seed_everything
 
 
@@ -94,7 +94,10 @@ def _rounds(
 
     for level in range(len(chain.levels), config.prune.rounds):
         if chain.position == level * steps:
-            if config.prune.prune_type != "finetune":
+            if config.prune.prune_type == "rewind_trained" and level:
+                convolutions = {name: chain.initial[name] for name in prunable_weights(model)}
+                model.load_state_dict({**model.state_dict(), **convolutions})
+            elif config.prune.prune_type != "finetune":
                 model.load_state_dict(chain.initial)
             chain.optimizer = _optimizer(config, model)
         detach = chain.masks.attach(model, chain.optimizer)
@@ -118,7 +121,7 @@ def _rounds(
                 values = {"loss": distributed.mean(loss.item()), "accuracy": 100 * distributed.mean(correct)}
                 run.log(chain.position, "train", epoch=chain.position // per_epoch, **values)
         detach()
-        if config.prune.prune_type == "pt" and level == 0:
+        if config.prune.prune_type in ("pt", "rewind_trained") and level == 0:
             chain.initial = copy.deepcopy(model.state_dict())
         level_metrics = {
             "density": density(chain.masks),

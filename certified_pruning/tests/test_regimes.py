@@ -153,6 +153,14 @@ def test_only_finetune_goes_on_from_the_round_before_in_the_third(tmp_path: Path
         assert_equal(before[2 * STEPS], masked(found[source]["model"], found[2]["masks"]))
 
 
+def test_rewind_trained_takes_only_the_convolutions_back_to_the_dense_weights(tmp_path: Path) -> None:
+    options = ["--prune.prune_type", "rewind_trained", "--prune.rounds", 3]
+    before, (dense, second, third) = watched(*options, folder=tmp_path / "run")
+    convolutions = {name: weight for name, weight in dense["model"].items() if weight.ndim == 4}
+    assert len(convolutions) == 2
+    assert_equal(before[2 * STEPS], masked({**second["model"], **convolutions}, third["masks"]))
+
+
 def test_fast_ibp_starts_from_its_own_weights(tmp_path: Path) -> None:
     starts = [
         watched("--train.regime", r, "--prune.rounds", 1, folder=tmp_path / r)[0][0] for r in ("fgsm", "fast_ibp")

@@ -15,10 +15,10 @@ from certified_pruning.train import train
 from common.tests import children
 
 METHODS, REGIMES = get_args(Method), get_args(Regime)
-KINDS = ["lt", "rewind_lt", "pt", "finetune"]
+KINDS = ["lt", "rewind_lt", "pt", "rewind_trained", "finetune"]
 UNFUSED = ["--train.regime", "crown_ibp", "--train.loss_fusion", "false", *ADAM]
 VARIANTS: list[list[object]] = [
-    ["--prune.method", method, "--train.regime", REGIMES[i % 5], "--prune.prune_type", KINDS[i % 4]]
+    ["--prune.method", method, "--train.regime", REGIMES[i % 5], "--prune.prune_type", KINDS[i % 5]]
     + ["--prune.rewind_epoch", 1, "--prune.rate", 0.25 if method in CHANNELS else 0.5, *(ADAM if i % 2 else [])]
     for i, method in enumerate(METHODS)
 ]
