@@ -13,6 +13,7 @@ from common import distributed
 from common.data import ImageSet, in_order
 from common.masks import Masks, prunable_weights
 from common.runs import generator, seed_everything
+from sparse_gan.balance import EVERY, balance_ratio, changed_masks, density_change
 from sparse_gan.dynamic_sparsity import DynamicSparsity
 from sparse_gan.hinge import discriminator_loss, generator_loss
 from sparse_gan.images import channels_of, prepare
@@ -52,6 +53,8 @@ class Game:
 
     def __init__(self, config: Config, data: ImageSet, device: torch.device) -> None:
         self.config, self.phase = config, 0
+        self._turns = 0  # generator steps
+        self._ratios: list[float] = []  # of balance, since the discriminator's density was last looked at
         self._device = device
         g, d = build_networks(config, channels_of(data), data.classes)
         if distributed.world_size() > 1 and device.type == "cuda":
@@ -67,6 +70,7 @@ class Game:
         scores = self.d.module(torch.cat([real, fake]), torch.cat([labels, fake_labels]))
         loss = discriminator_loss(*scores.chunk(2))
         self.d.descend(loss, lr_factor)
+        self._real = real, labels
         return loss.item()
 
     def generate(self, z: Tensor, labels: Tensor, lr_factor: float) -> float:
@@ -74,15 +78,34 @@ class Game:
         self.d.module.requires_grad_(False)
         loss = generator_loss(self.d.module(self.g.module(z, labels), labels))
         self.g.descend(loss, lr_factor)
+        if self.config.sparsity.balance:
+            self._balance(z, labels, -loss.item())
         self.d.module.requires_grad_(True)
         return loss.item()
+
+    @torch.no_grad()
+    def _balance(self, z: Tensor, labels: Tensor, before: float) -> None:
+        """Measure the balance ratio every few steps; change the discriminator's density where it is due."""
+        sparsity, d = self.config.sparsity, self.d.module
+        self._turns += 1
+        if self._turns % EVERY == 0:
+            after, real = d(self.g.module(z, labels), labels).mean(), d(*self._real).mean()
+            means = (distributed.mean(score) for score in (real.item(), before, after.item()))
+            self._ratios.append(balance_ratio(*means))
+        if self._turns % sparsity.balance_every == 0:
+            change = density_change(self._ratios, sparsity.balance)
+            self._ratios = []
+            if change:
+                weights = {name: d.get_parameter(name) for name in self.d.masks}
+                gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+                self.d.go_on_under(changed_masks(weights, gradients, self.d.masks, change))
 
     def follow(self, step: int) -> None:
         """After generator step `step` (from 1) of the phase: gradual pruning, moving averages, weights to rewind to."""
         sparsity = self.config.sparsity
         if sparsity.method == "gmp" and step % sparsity.update_every == 0:
             density = gradual_density(step, self.config.train.steps, sparsity.density_g)
-            self.g.prune(magnitude_masks(self.g.module, density, "global", self.g.masks))
+            self.g.go_on_under(magnitude_masks(self.g.module, density, "global", self.g.masks))
         for average in self.averages.values():
             average.update()
         if sparsity.method == "imp" and self.phase == 0 and step == sparsity.rewind_step:
@@ -110,11 +133,13 @@ class Game:
         """Everything, as plain data."""
         averages = {name: average.state_dict() for name, average in self.averages.items()}
         players = {"g": self.g.state_dict(), "d": self.d.state_dict()}
-        return {"phase": self.phase, "rewind": self._rewind, "averages": averages, **players}
+        balance = {"turns": self._turns, "ratios": list(self._ratios)}
+        return {"phase": self.phase, "rewind": self._rewind, "balance": balance, "averages": averages, **players}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set back to a `state_dict` of a game of the same configuration."""
         self.phase, self._rewind = state["phase"], state["rewind"]
+        self._turns, self._ratios = state["balance"]["turns"], list(state["balance"]["ratios"])
         if self.phase:
             masks = ({n: mask.to(self._device) for n, mask in state[name]["masks"].items()} for name in ("g", "d"))
             self._start(*map(Masks, masks))

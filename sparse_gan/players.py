@@ -54,12 +54,13 @@ class Player:
         if self.dynamic is not None and self.dynamic.step():
             self._require_equal_masks()
 
-    def prune(self, masks: Masks) -> None:
-        """Go on under other masks, which keep a part of the present ones."""
+    def go_on_under(self, masks: Masks) -> None:
+        """Take other masks: what is new among them starts from zero."""
         assert isinstance(self.optimizer, MaskedAdam)
         for name, mask in masks.items():
-            self.optimizer.set_mask(self.module.get_parameter(name), mask, mask)
+            self.optimizer.set_mask(self.module.get_parameter(name), mask, mask & self.masks[name])
         self.masks.update(masks)
+        self._require_equal_masks()
 
     @property
     def explored(self) -> float:
@@ -82,7 +83,8 @@ class Player:
         self.module.load_state_dict(state["module"])
         masks = Masks({name: mask.to(self.masks[name].device) for name, mask in state["masks"].items()})
         if isinstance(self.optimizer, MaskedAdam):
-            self.prune(masks)
+            for name, mask in masks.items():
+                self.optimizer.set_mask(self.module.get_parameter(name), mask, mask)
         self.masks.update(masks)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.dynamic is not None:

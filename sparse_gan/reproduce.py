@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "set": {"method": "dynamic", "growth_g": "random"},
     "only-d": {"method": "dynamic", "explore": "d"},
     "both": {"method": "dynamic", "explore": "both"},
+    "balanced": {"method": "dynamic", "balance": 0.05},
     "snip": {"method": "snip"},
     "gmp": {"method": "gmp"},
     "oneshot-global-g": {"method": "oneshot", "scope": "global", "prune": "g"},

@@ -17,6 +17,7 @@ ARMS = (
     "set",
     "only-d",
     "both",
+    "balanced",
     "snip",
     "gmp",
     "oneshot-global-g",
@@ -84,6 +85,10 @@ class SparsityConfig:
     """imp: rounds of pruning, 20 % of the remaining weights each; densities follow from it"""
     rewind_step: int = 0
     """imp: to whose weights each round goes back"""
+    balance: float = 0.0
+    """dynamic, explore g: change of the discriminator's density when the balance ratio leaves 0.45 to 0.55"""
+    balance_every: int = 1000
+    """generator steps between two such changes"""
 
     def __post_init__(self) -> None:
         for name in ("density_g", "density_d"):
@@ -96,6 +101,10 @@ class SparsityConfig:
         require(tuned, "sparsity.tune_steps", self.tune_steps, "at least 0, with oneshot at least 1")
         require(self.rounds >= 1, "sparsity.rounds", self.rounds, "at least 1")
         require(self.rewind_step >= 0, "sparsity.rewind_step", self.rewind_step, "at least 0")
+        require(0 <= self.balance < 1, "sparsity.balance", self.balance, "in [0, 1)")
+        alone = not self.balance or (self.method, self.explore, self.moments) == ("dynamic", "g", "sparse")
+        require(alone, "sparsity.balance", self.balance, "0 unless sparsity is dynamic, explore g and moments sparse")
+        require(self.balance_every >= 1, "sparsity.balance_every", self.balance_every, "at least 1")
         masked = self.method in ("static", "dynamic", "snip") or self.moments == "sparse"
         require(masked, "sparsity.moments", self.moments, "sparse unless sparsity.method is static, dynamic or snip")
 

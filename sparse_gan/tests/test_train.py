@@ -71,7 +71,13 @@ def test_every_arm_of_the_study_has_its_method() -> None:
 
 
 SPARSE = {"static": (0.1, 0.3), "snip": (0.1, 0.3), "stu": (0.1, 0.3), "gmp": (0.1, 1), "imp": (0.8, 1)}
-SPARSE |= {"both": (0.1, 0.3), "only-d": (0.1, 0.3), "set": (0.1, 0.3), "stu-dense-moments": (0.1, 0.3)}
+SPARSE |= {
+    "both": (0.1, 0.3),
+    "balanced": (0.1, 0.3),
+    "only-d": (0.1, 0.3),
+    "set": (0.1, 0.3),
+    "stu-dense-moments": (0.1, 0.3),
+}
 SPARSE |= {
     "oneshot-global-g": (0.1, 1),
     "oneshot-uniform-both": (0.1, 0.3),
@@ -241,6 +247,12 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path: Path) -> None:
             ["--sparsity.method", "oneshot", "--sparsity.tune_steps", "0"],
             "sparsity.tune_steps must be at least 0, with",
         ),
+        (["--sparsity.balance", "1"], "sparsity.balance must be in [0, 1), got 1.0"),
+        (
+            ["--sparsity.balance", "0.1", "--sparsity.explore", "both"],
+            "sparsity.balance must be 0 unless sparsity is dyn",
+        ),
+        (["--sparsity.balance_every", "0"], "sparsity.balance_every must be at least 1, got 0"),
         (["--sparsity.method", "imp", "--sparsity.rewind_step", "9"], "sparsity.rewind_step must be less than"),
         (["--model.size", "20"], "model.size must be a power of two, at least 8, got 20"),
         (["--data.name", "mnist5k", "--train.batch_size", "5000"], "batch size must be at most the"),

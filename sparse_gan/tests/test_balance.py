@@ -1,0 +1,81 @@
+"""Facts about the balance ratio and the discriminator density that follows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.data import load
+from common.masks import Masks
+from common.tests.paper_checks import quiet
+from sparse_gan import game as games
+from sparse_gan.balance import balance_ratio, changed_masks, density_change
+from sparse_gan.game import Game, draw_noise
+from sparse_gan.tests.runs import smoke
+from sparse_gan.train import train
+
+BALANCED = ["--sparsity.density_g", 0.1, "--sparsity.density_d", 0.3, "--sparsity.balance", 0.1]
+
+
+def test_the_ratio_is_the_share_of_the_gap_that_a_step_closes() -> None:
+    assert balance_ratio(real=3.0, before=-1.0, after=1.0) == 0.5
+    assert balance_ratio(real=3.0, before=-1.0, after=-2.0) == -0.25
+    assert balance_ratio(real=1.0, before=1.0, after=2.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ratios", "change"), [([0.4, 0.5, 0.6], 0.0), ([0.1, 0.5], -0.05), ([0.9, 0.5], 0.05), ([], 0.0), ([0.45], 0.0)]
+)
+def test_density_falls_below_the_range_and_rises_above_it(ratios: list[float], change: float) -> None:
+    assert density_change(ratios, 0.05) == change
+
+
+WEIGHTS = {"a": torch.tensor([0.5, -0.1, 0.0, 0.0]), "b": torch.tensor([0.2, 0.0])}
+MASKS = Masks({"a": torch.tensor([True, True, False, False]), "b": torch.tensor([True, False])})
+GRADIENTS = {"a": torch.tensor([9.0, 9.0, 0.1, -3.0]), "b": torch.tensor([9.0, 2.0])}
+
+
+def kept(change: float) -> list[list[int]]:
+    return [mask.int().tolist() for mask in changed_masks(WEIGHTS, GRADIENTS, MASKS, change).values()]
+
+
+def test_by_hand_the_smallest_weights_leave_and_the_largest_gradients_enter_over_all_layers() -> None:
+    assert kept(-1 / 6) == [[1, 0, 0, 0], [1, 0]]
+    assert kept(1 / 6) == [[1, 1, 0, 1], [1, 0]]
+    assert kept(2 / 6) == [[1, 1, 0, 1], [1, 1]]
+    assert kept(-1.0) == [[1, 0, 0, 0], [0, 0]]
+    assert kept(1.0) == [[1, 1, 1, 1], [1, 1]]
+    assert kept(0.0) == [[1, 1, 0, 0], [1, 0]]
+
+
+@pytest.mark.parametrize(("bounds", "density"), [((2.0, 3.0), 0.2), ((-3.0, -2.0), 0.4), ((-1e9, 1e9), 0.3)])
+def test_the_discriminator_is_thinned_or_grown_where_the_ratio_lies_outside(
+    bounds: tuple[float, float], density: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparse_gan.balance.LOW", bounds[0])
+    monkeypatch.setattr("sparse_gan.balance.HIGH", bounds[1])
+    monkeypatch.setattr(games, "EVERY", 2)
+    config = smoke(*BALANCED, "--sparsity.balance_every", 4)
+    metrics = train(config, tmp_path / "run", quiet)
+    assert metrics["density_d"] == pytest.approx(density, abs=0.01)
+    assert metrics["density_g"] == pytest.approx(0.1, abs=0.01)
+
+
+def test_grown_weights_start_from_zero_without_moments_and_the_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_gan.balance.HIGH", -1e9)
+    monkeypatch.setattr("sparse_gan.balance.LOW", -1e9)
+    monkeypatch.setattr(games, "EVERY", 1)
+    game = Game(smoke(*BALANCED, "--sparsity.balance_every", 1), load(smoke().data).train, torch.device("cpu"))
+    z, labels = draw_noise(16, 16, 10, 0)
+    game.discriminate(torch.zeros(16, 1, 8, 8), labels, z, labels, 1.0)
+    before = {name: mask.clone() for name, mask in game.d.masks.items()}
+    trained = {name: game.d.module.get_parameter(name).detach().clone() for name in before}
+    game.generate(z, labels, 1.0)
+    assert game.d.masks.density == pytest.approx(0.4, abs=0.01)
+    for name, mask in before.items():
+        weight = game.d.module.get_parameter(name)
+        assert (game.d.masks[name] | ~mask).all()
+        assert torch.equal(weight, trained[name])
+        assert len(game.d.optimizer.state[weight]["exp_avg"].reshape(-1)) == int(game.d.masks[name].sum())
