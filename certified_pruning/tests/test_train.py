@@ -30,6 +30,7 @@ from common.tests.paper_checks import (
     quiet,
     refusal,
     said,
+    slow,
 )
 
 SCRIPT = Path(training.__file__)
@@ -193,7 +194,7 @@ def test_every_round_ramps_eps_anew() -> None:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    started(folder).join()
+    train(config(), folder, quiet)
     return results(folder)
 
 
@@ -202,7 +203,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def started(folder: Path) -> Any:
-    process = FORKS.Process(target=train, args=(config(), folder, quiet))
+    process = FORKS.Process(target=train, args=(config(), folder, slow))
     process.start()
     return process
 

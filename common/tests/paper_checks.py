@@ -82,6 +82,11 @@ def quiet(fraction: float) -> None:
     """Progress that nobody looks at."""
 
 
+def slow(fraction: float) -> None:
+    """Progress of a run that is to be killed: it leaves time to do so, on a busy machine too."""
+    time.sleep(0.02)
+
+
 def copied(run: Path, to: Path) -> Path:
     """A copy of a run at `to`, without its measurements."""
     shutil.copytree(run, to)

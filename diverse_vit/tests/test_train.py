@@ -24,6 +24,7 @@ from common.tests.paper_checks import (
     quiet,
     refusal,
     said,
+    slow,
 )
 from diverse_vit import eval as evaluation
 from diverse_vit import train as training
@@ -208,7 +209,7 @@ def test_the_released_schedule_lags_one_epoch_and_is_timms() -> None:
 
 
 def started(folder: Path) -> Any:
-    process = FORKS.Process(target=train, args=(everything("--run.checkpoint_every", 2), folder, quiet))
+    process = FORKS.Process(target=train, args=(everything("--run.checkpoint_every", 2), folder, slow))
     process.start()
     return process
 

@@ -18,7 +18,16 @@ from common.config import UserError, parse
 from common.data import load as load_data
 from common.runs import load_checkpoint, read_json, save_checkpoint, seed_everything
 from common.tests import children
-from common.tests.paper_checks import check_eval_refuses, copied, kill_after_a_checkpoint, losses, quiet, refusal, said
+from common.tests.paper_checks import (
+    check_eval_refuses,
+    copied,
+    kill_after_a_checkpoint,
+    losses,
+    quiet,
+    refusal,
+    said,
+    slow,
+)
 from double_win_lth import TicketBook
 from double_win_lth import eval as evaluation
 from double_win_lth import tickets as finding
@@ -145,7 +154,7 @@ def test_a_chain_killed_again_and_again_finds_the_tickets_of_an_undisturbed_one(
     longer = config("--pretrain.steps", 20, "--round.steps", 20, "--run.checkpoint_every", 3)
 
     def started(folder: Path) -> Any:
-        process = FORKS.Process(target=train, args=(longer, folder, quiet))
+        process = FORKS.Process(target=train, args=(longer, folder, slow))
         process.start()
         return process
 

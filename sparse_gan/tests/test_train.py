@@ -26,6 +26,7 @@ from common.tests.paper_checks import (
     quiet,
     refusal,
     said,
+    slow,
 )
 from sparse_gan import eval as evaluation
 from sparse_gan import train as training
@@ -169,7 +170,7 @@ def disturbed(arm: str) -> Config:
 
 
 def start(arm: str, folder: Path) -> Any:
-    process = FORKS.Process(target=train, args=(disturbed(arm), folder, quiet))
+    process = FORKS.Process(target=train, args=(disturbed(arm), folder, slow))
     process.start()
     return process
 

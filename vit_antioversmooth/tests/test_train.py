@@ -23,6 +23,7 @@ from common.tests.paper_checks import (
     quiet,
     refusal,
     said,
+    slow,
 )
 from vit_antioversmooth import eval as evaluation
 from vit_antioversmooth import train as training
@@ -136,7 +137,7 @@ def disturbed() -> Config:
 
 
 def started(folder: Path) -> Any:
-    process = FORKS.Process(target=train, args=(disturbed(), folder, quiet))
+    process = FORKS.Process(target=train, args=(disturbed(), folder, slow))
     process.start()
     return process
 
