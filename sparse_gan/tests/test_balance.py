@@ -13,6 +13,7 @@ from common.tests.paper_checks import quiet
 from sparse_gan import game as games
 from sparse_gan.balance import balance_ratio, changed_masks, density_change
 from sparse_gan.game import Game, draw_noise
+from sparse_gan.players import Player
 from sparse_gan.tests.runs import smoke
 from sparse_gan.train import train
 
@@ -79,3 +80,58 @@ def test_grown_weights_start_from_zero_without_moments_and_the_others_stay(monke
         assert (game.d.masks[name] | ~mask).all()
         assert torch.equal(weight, trained[name])
         assert len(game.d.optimizer.state[weight]["exp_avg"].reshape(-1)) == int(game.d.masks[name].sum())
+
+
+def test_ratios_are_of_scores_before_and_after_the_step_and_start_anew_after_a_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(games, "EVERY", 1)
+    seen: list[tuple[float, float, float]] = []
+    looks: list[int] = []
+    monkeypatch.setattr(games, "balance_ratio", lambda *scores: (seen.append(scores), 0.5)[1])
+    monkeypatch.setattr(games, "density_change", lambda ratios, change: (looks.append(len(ratios)), 0.0)[1])
+    options = ["--sparsity.balance_every", 2, "--train.lr_g", 1e-9]
+    game = Game(smoke(*BALANCED, *options), load(smoke().data).train, torch.device("cpu"))
+    real = torch.ones(16, 1, 8, 8)
+    for step in range(4):
+        z, labels = draw_noise(16, 16, 10, step)
+        game.discriminate(real, labels, z, labels, 1.0)
+        game.generate(z, labels, 1.0)
+    with torch.no_grad():
+        scores = (
+            game.d.module(real, labels).mean().item(),
+            game.d.module(game.g.module(z, labels), labels).mean().item(),
+        )
+    assert looks == [2, 2]
+    assert seen[-1] == pytest.approx((scores[0], scores[1], scores[1]), rel=0.05)
+    assert seen[-1][1] == pytest.approx(seen[-1][2], abs=1e-3) and abs(seen[-1][1] - seen[-1][0]) > 0.01
+
+
+def test_a_balanced_run_resumes_bit_for_bit_between_its_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(games, "EVERY", 2)
+    monkeypatch.setattr(games, "density_change", lambda ratios, change: 100 * sum(ratios) % 0.3)
+    config = smoke(*BALANCED, "--sparsity.balance_every", 5, "--run.checkpoint_every", 3)
+
+    def stop(fraction: float) -> None:
+        if fraction > 0.7:
+            raise InterruptedError
+
+    train(config, tmp_path / "whole", quiet)
+    with pytest.raises(InterruptedError):
+        train(config, tmp_path / "run", stop)
+    train(config, tmp_path / "run", quiet)
+    for name in ("model.pt", "metrics.jsonl", "done.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_player_under_other_masks_starts_what_is_new_from_zero() -> None:
+    net = torch.nn.Conv2d(1, 1, 2)
+    old, new = torch.tensor([[[[1, 1], [0, 0]]]]).bool(), torch.tensor([[[[1, 0], [1, 0]]]]).bool()
+    player = Player(net, Masks({"weight": old}), 0.1, (0.0, 0.9))
+    player.descend(net(torch.ones(1, 1, 2, 2)).sum())
+    kept = net.weight.detach().clone()
+    with torch.no_grad():
+        net.weight[0, 0, 1, 0] = 7.0
+    player.go_on_under(Masks({"weight": new}))
+    assert torch.equal(net.weight.reshape(-1), torch.tensor([kept[0, 0, 0, 0].item(), 0, 0, 0]))
+    assert player.optimizer.state[net.weight]["exp_avg_sq"].count_nonzero() == 1
