@@ -38,12 +38,12 @@ def density_change(ratios: Sequence[float], change: float) -> float:
 def changed_masks(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], masks: Masks, change: float) -> Masks:
     """`masks` with round(|change| * all) entries more, of the largest |gradient|, or fewer, of the smallest |weight|.
 
-    Over all layers together; at least one entry stays, and no more are grown than there are gaps.
+    Over all layers together; a density of |change| stays, and no more are grown than there are gaps.
     """
     active = sum(int(mask.sum()) for mask in masks.values())
     count = round(abs(change) * masks.total)
     if change <= 0:
-        return keep_top({name: weights[name].abs() for name in masks}, max(active - count, 1), masks)
+        return keep_top({name: weights[name].abs() for name in masks}, max(active - count, min(active, count)), masks)
     gaps = {name: ~mask for name, mask in masks.items()}
     grown = keep_top({name: gradients[name].abs() for name in masks}, min(count, masks.total - active), gaps)
     return Masks({name: mask | grown[name] for name, mask in masks.items()})

@@ -46,7 +46,8 @@ def test_by_hand_the_smallest_weights_leave_and_the_largest_gradients_enter_over
     assert kept(-1 / 6) == [[1, 0, 0, 0], [1, 0]]
     assert kept(1 / 6) == [[1, 1, 0, 1], [1, 0]]
     assert kept(2 / 6) == [[1, 1, 0, 1], [1, 1]]
-    assert kept(-1.0) == [[1, 0, 0, 0], [0, 0]]
+    assert kept(-2 / 6) == [[1, 0, 0, 0], [1, 0]]
+    assert kept(-3 / 6) == [[1, 1, 0, 0], [1, 0]]
     assert kept(1.0) == [[1, 1, 1, 1], [1, 1]]
     assert kept(0.0) == [[1, 1, 0, 0], [1, 0]]
 
