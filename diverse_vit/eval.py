@@ -15,7 +15,7 @@ from common.config import command
 from common.data import ImageSet, Splits, in_order, load, pixels
 from common.experiment import Progress, accuracy, device, eval_command, finished_run, load_weights
 from common.runs import load_checkpoint, read_json, write_json
-from diverse_vit.models import network
+from common.vit import build_vit
 from diverse_vit.redundancy import gaussian_rre, redundancy_report, spectrum
 from diverse_vit.settings import Config
 from diverse_vit.timm_parts import blocks_of, qkv_weights
@@ -53,7 +53,7 @@ def trained_network(folder: Path, config: Config, splits: Splits) -> tuple[nn.Mo
     """The run's network with its weights, and the test accuracy of their moving average where there is one."""
     path = folder / "model.pt"
     content = load_checkpoint(path)
-    model = network(config.model, splits.train).to(device())
+    model = build_vit(config.model, splits.train).to(device())
     average = None
     if config.train.ema:
         load_weights(model, content, path, "average")

@@ -16,11 +16,11 @@ from common.config import command, dump
 from common.data import in_order, load, pixels
 from common.runs import seed_everything
 from common.study import Cell, Progress, run_study, study_config
+from common.vit import build_vit
 from diverse_vit.claims import CLAIMS
 from diverse_vit.cost import cost_ratios
 from diverse_vit.eval import evaluate, trained_network
 from diverse_vit.figures import draw
-from diverse_vit.models import network
 from diverse_vit.settings import Config, DiverseStudy, ObjectiveConfig
 from diverse_vit.train import train
 
@@ -43,7 +43,7 @@ def cost(config: Config, folder: Path) -> dict[str, float]:
     splits = load(config.data)
     trained, _ = trained_network(folder, config, splits)
     seed_everything(config.seed)
-    plain = network(config.model, splits.train).to(next(trained.parameters()).device)
+    plain = build_vit(config.model, splits.train).to(next(trained.parameters()).device)
     count = config.train.batch_size
     ((images, labels),) = islice(in_order(splits.train, count), 1)
     place = next(plain.parameters()).device

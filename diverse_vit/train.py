@@ -17,12 +17,12 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from common import distributed
+from common.augment import erase, roll
 from common.config import ConfigError, command
 from common.data import Splits, batches, load, pixels, steps_per_epoch
 from common.experiment import accuracy, train_command
 from common.runs import NonFiniteError, Run, generator, read_json, save_checkpoint, seed_everything
-from diverse_vit.augment import erase, roll
-from diverse_vit.models import network
+from common.vit import build_vit, follow
 from diverse_vit.patch_mixup import PatchMixup
 from diverse_vit.regularizer import DiverseRegularizer
 from diverse_vit.settings import Config
@@ -43,7 +43,7 @@ def train(config: Config, folder: Path, progress: Callable[[float], None] | None
         per_epoch = steps_per_epoch(splits.train, config.train.batch_size)
         total = config.train.epochs * per_epoch
         seed_everything(config.seed)
-        model = network(config.model, splits.train).to(device)
+        model = build_vit(config.model, splits.train).to(device)
         average = copy.deepcopy(model).requires_grad_(False) if config.train.ema else None
         regularizer = regularized(model, config)
         run = Run(folder, config, total_steps=total, checkpoint_every=config.run.checkpoint_every, progress=progress)
@@ -102,7 +102,7 @@ def _fit(
             if options.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), options.clip)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step - skipped, per_epoch)
+                group["lr"] = options.learning_rate(step - skipped, per_epoch)
             optimizer.step()
             if average is not None:
                 follow(average, model, options.ema)
@@ -155,35 +155,6 @@ def mixer(config: Config, step: int) -> PatchMixup:
     return PatchMixup(
         options.mixup, options.cutmix, patch_size=config.model.patch, generator=np.random.RandomState(draws)
     )
-
-
-def learning_rate(config: Config, step: int, per_epoch: int) -> float:
-    """Learning rate of update number `step`: warm-up in a straight line, then half a cosine down to min_lr.
-
-    With schedule epochs, epoch e uses the value of epoch max(e - 1, 0) and the cosine counts from epoch 0: the released
-    code steps its scheduler with the epoch just finished (spec e).
-    """
-    options = config.train
-    if options.schedule == "epochs":
-        now, begin, end = max(step // per_epoch - 1, 0), 0.0, float(options.epochs)
-        risen = now / options.warmup if now < options.warmup else 1.0
-    else:
-        now, begin, end = step, options.warmup * per_epoch, float(options.epochs * per_epoch)
-        risen = min((now + 1) / begin, 1.0) if now < begin else 1.0
-    if risen < 1 or now < begin:
-        return options.warmup_lr + (options.lr - options.warmup_lr) * risen
-    share = (now - begin) / max(end - begin, 1)
-    return options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * share)) / 2
-
-
-@torch.no_grad()
-def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """One step of the moving average of the weights."""
-    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
-        else:
-            mean.copy_(value)
 
 
 def hook_count(model: nn.Module) -> int:

@@ -3,13 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-import timm
-
 from common.config import require
 from common.data import DataConfig
-from common.experiment import InputConfig
 from common.runs import RunConfig
 from common.study import StudyConfig
+from common.vit import ViTConfig, ViTTrainConfig
 
 ARMS = (
     "plain",
@@ -25,27 +23,13 @@ ARMS = (
 
 
 @dataclass(frozen=True)
-class ModelConfig(InputConfig):
+class ModelConfig(ViTConfig):
     """The network."""
 
-    name: str = "vit"
-    """vit: a class-token ViT of the sizes below; else the name of a timm model with its own sizes"""
-    dim: int = 64
-    """of vit: channels"""
-    heads: int = 2
-    """of vit"""
-    patch: int = 7
-    """of vit: side of a patch in pixels"""
-    depth: int = 12
-    """blocks; 0: the timm model's own"""
     skip: bool = True
     """of vit: skip connection around attention"""
     drop: float = 0.0
     """dropout of embedding, projections and MLPs"""
-    drop_path: float = 0.0
-    """stochastic depth"""
-    pretrained: bool = False
-    """start from timm's weights, downloaded once"""
     weights: str = ""
     """start from this file: model.pt of a run, or a state dict (.safetensors, .pth), timm's or the authors' names"""
     featscale_count: int = 1
@@ -53,17 +37,10 @@ class ModelConfig(InputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.name == "vit" or timm.is_model(self.name), "model.name", self.name, "vit or a timm model")
-        require(self.heads >= 1, "model.heads", self.heads, "at least 1")
-        require(self.dim >= 1 and self.dim % self.heads == 0, "model.dim", self.dim, "a multiple of model.heads")
-        require(self.patch >= 1, "model.patch", self.patch, "at least 1")
-        least = 1 if self.name == "vit" else 0
-        require(self.depth >= least, "model.depth", self.depth, f"at least {least}")
         require(self.skip or self.name == "vit", "model.skip", self.skip, "true for a timm model")
         require(0 <= self.drop < 1, "model.drop", self.drop, "in [0, 1)")
-        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "in [0, 1)")
-        fits = not (self.pretrained and (self.weights or self.name == "vit"))
-        require(fits, "model.pretrained", self.pretrained, "false for vit and beside model.weights")
+        fits = not (self.pretrained and self.weights)
+        require(fits, "model.pretrained", self.pretrained, "false beside model.weights")
         require(self.featscale_count in (1, 2), "model.featscale_count", self.featscale_count, "1 or 2")
 
 
@@ -92,60 +69,6 @@ class ScaleConfig:
         require(self.lr_mult > 0, "scales.lr_mult", self.lr_mult, "positive")
         tied = self.blind and self.method in ("plain", "both")
         require(not tied, "scales.blind", self.blind, "false unless scales.method is attnscale or featscale")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How the network is trained: AdamW, cosine schedule, soft labels."""
-
-    epochs: int = 8
-    batch_size: int = 100
-    """over all ranks together"""
-    lr: float = 1e-3
-    min_lr: float = 0.0
-    """at the end of the cosine"""
-    warmup: float = 0.8
-    """epochs over which lr rises in a straight line"""
-    warmup_lr: float = 0.0
-    """where it starts"""
-    schedule: Literal["steps", "epochs"] = "steps"
-    """epochs: lr changes between epochs only and lags one behind, as in the released code"""
-    weight_decay: float = 0.05
-    """not on 1-D tensors, position and class tokens and scales"""
-    clip: float = 0.0
-    """largest gradient norm; 0: none"""
-    smoothing: float = 0.1
-    """of the labels"""
-    roll: int = 0
-    """images are rolled by up to this many pixels"""
-    mixup: float = 0.0
-    """alpha; 0: none"""
-    cutmix: float = 0.0
-    """alpha; 0: none; where both are on each takes half of the batches"""
-    erasing: float = 0.0
-    """probability of random erasing"""
-    ema: float = 0.0
-    """decay of the moving average of the weights, measured beside them; 0: none"""
-    amp: bool = False
-    """bfloat16 autocast"""
-    compile: bool = False
-    """torch.compile, after scales, optimiser and moving average"""
-
-    def __post_init__(self) -> None:
-        require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
-        require(self.batch_size >= 2, "train.batch_size", self.batch_size, "at least 2")
-        require(self.lr > 0, "train.lr", self.lr, "positive")
-        require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, "in [0, train.lr]")
-        require(0 <= self.warmup <= self.epochs, "train.warmup", self.warmup, "in [0, train.epochs]")
-        require(0 <= self.warmup_lr <= self.lr, "train.warmup_lr", self.warmup_lr, "in [0, train.lr]")
-        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
-        require(self.clip >= 0, "train.clip", self.clip, "at least 0")
-        require(0 <= self.smoothing < 1, "train.smoothing", self.smoothing, "in [0, 1)")
-        require(self.roll >= 0, "train.roll", self.roll, "at least 0")
-        require(self.mixup >= 0, "train.mixup", self.mixup, "at least 0")
-        require(self.cutmix >= 0, "train.cutmix", self.cutmix, "at least 0")
-        require(0 <= self.erasing <= 1, "train.erasing", self.erasing, "in [0, 1]")
-        require(0 <= self.ema < 1, "train.ema", self.ema, "in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -204,10 +127,11 @@ class Config:
     data: DataConfig = field(default_factory=lambda: DataConfig(val=0.0))
     model: ModelConfig = field(default_factory=ModelConfig)
     scales: ScaleConfig = field(default_factory=ScaleConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: ViTTrainConfig = field(default_factory=ViTTrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
     study: ScaleStudy = field(default_factory=ScaleStudy)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
+        require(self.train.epochs >= 1, "train.epochs", self.train.epochs, "at least 1")

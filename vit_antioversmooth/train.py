@@ -5,24 +5,25 @@ Data-parallel: torchrun --nproc_per_node=N vit_antioversmooth/train.py --config 
 """
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from common import distributed
-from common.config import ConfigError, command, require
+from common.augment import erase, mix, roll, soft_labels
+from common.config import ConfigError, command
 from common.data import ImageSet, Splits, batches, load, pixels, steps_per_epoch
 from common.experiment import accuracy, train_command
 from common.runs import CheckpointError, Run, generator, load_checkpoint, read_json, save_checkpoint, seed_everything
+from common.vit import build_vit, follow
 from vit_antioversmooth.attnscale import apply_attnscale
-from vit_antioversmooth.augment import erase, mix, roll, soft_labels
 from vit_antioversmooth.featscale import apply_featscale
-from vit_antioversmooth.models import small_vit, timm_vit
+from vit_antioversmooth.models import NoSkipBlock
 from vit_antioversmooth.released import load_released
 from vit_antioversmooth.scales import param_groups, scale_parameters
 from vit_antioversmooth.settings import Config
@@ -88,10 +89,10 @@ def _fit(config: Config, run: Run, splits: Splits, model: nn.Module, per_epoch: 
         if options.clip:
             nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * learning_rate(config, step, per_epoch) / options.lr
+            group["lr"] = group["initial_lr"] * options.learning_rate(step, per_epoch) / options.lr
         optimizer.step()
         if average is not None:
-            _follow(average, model, options.ema)
+            follow(average, model, options.ema)
 
         position = step + 1
         if position % per_epoch == 0:
@@ -119,20 +120,7 @@ def network(config: Config, data: ImageSet) -> nn.Module:
         ConfigError: where sizes do not fit; CheckpointError: where model.weights does not.
     """
     model, scales = config.model, config.scales
-    channels, size = model.image_shape(data)
-    dropout: dict[str, Any] = {"drop": model.drop, "drop_path": model.drop_path}
-    if model.name == "vit":
-        require(size % model.patch == 0, "model.patch", model.patch, f"a divisor of the images' side {size}")
-        sizes = {"dim": model.dim, "heads": model.heads, "depth": model.depth, "patch": model.patch}
-        net: nn.Module = small_vit(size, channels, data.classes, skip=model.skip, **sizes, **dropout)
-    else:
-        try:
-            net = timm_vit(
-                model.name, size, channels, data.classes, model.depth, pretrained=model.pretrained, **dropout
-            )  # type: ignore[arg-type]
-        except (TypeError, RuntimeError, AssertionError) as error:  # timm's, for sizes and options a network lacks
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"model.name {model.name} cannot be built as configured: {reason}") from error
+    net = build_vit(model, data, Block if model.skip else NoSkipBlock, model.drop)
     try:
         if scales.method in ("attnscale", "both"):
             sharing: dict[str, Any] = {"share": scales.share, "blind": scales.blind}
@@ -152,26 +140,6 @@ def network(config: Config, data: ImageSet) -> nn.Module:
     return net
 
 
-def learning_rate(config: Config, step: int, per_epoch: int) -> float:
-    """Learning rate of the weights in step `step`: warm-up in a straight line, then half a cosine to min_lr.
-
-    With schedule epochs, epoch e uses the value of epoch max(e - 1, 0) and the cosine counts from epoch 0: the released
-    code steps its scheduler with the epoch just finished.
-    """
-    options = config.train
-    if options.schedule == "epochs":
-        epoch = max(step // per_epoch - 1, 0)
-        if epoch < options.warmup:
-            return options.warmup_lr + (options.lr - options.warmup_lr) * epoch / options.warmup
-        share = epoch / options.epochs
-    else:
-        rise = options.warmup * per_epoch
-        if step < rise:
-            return options.warmup_lr + (options.lr - options.warmup_lr) * min((step + 1) / rise, 1)
-        share = (step - rise) / max(options.epochs * per_epoch - rise, 1)
-    return options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * share)) / 2
-
-
 def scale_count(model: nn.Module) -> int:
     """Number of scale parameters."""
     return sum(parameter.numel() for parameter in scale_parameters(model))
@@ -179,15 +147,6 @@ def scale_count(model: nn.Module) -> int:
 
 def _val_accuracy(config: Config, model: nn.Module, splits: Splits) -> float:
     return accuracy(model, splits.val, config.model.normalize, config.eval.batch_size)
-
-
-@torch.no_grad()
-def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """One step of the moving average, buffers copied."""
-    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(value, 1 - decay)
-    for kept, current in zip(average.buffers(), model.buffers(), strict=True):
-        kept.copy_(current)
 
 
 def _read_weights(net: nn.Module, path: Path, featscale_count: int) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from timm.scheduler import CosineLRScheduler
 
 from common import distributed
 from common.config import UserError, parse
 from common.data import load as load_data
-from common.runs import generator, load_checkpoint, read_json, seed_everything
+from common.runs import load_checkpoint, read_json, seed_everything
 from common.tests import children
 from common.tests.paper_checks import (
     check_eval_refuses,
@@ -26,13 +25,12 @@ from common.tests.paper_checks import (
     said,
     slow,
 )
+from common.vit import build_vit
 from diverse_vit import eval as evaluation
 from diverse_vit import train as training
-from diverse_vit.augment import erase, roll
-from diverse_vit.models import network
 from diverse_vit.regularizer import DiverseRegularizer
 from diverse_vit.settings import Config
-from diverse_vit.train import learning_rate, mixer, train
+from diverse_vit.train import mixer, train
 
 SCRIPT = Path(training.__file__)
 CONFIGS = SCRIPT.parent / "configs"
@@ -104,7 +102,7 @@ def test_a_second_run_of_the_same_configuration_is_the_same(finished: Path, tmp_
 
 def test_every_weight_is_trained_and_nothing_of_the_regularizers_is_left(finished: Path) -> None:
     seed_everything(0)
-    before = network(everything().model, load_data(config().data).train).state_dict()
+    before = build_vit(everything().model, load_data(config().data).train).state_dict()
     after = load_checkpoint(finished / "model.pt")["model"]
     assert before.keys() == after.keys()
     assert not [key for key in before if torch.equal(before[key], after[key])]
@@ -124,7 +122,7 @@ def test_every_term_is_in_the_log(finished: Path) -> None:
 def test_the_moving_average_follows_the_weights(tmp_path: Path) -> None:
     train(short("--train.ema", 0.5), tmp_path / "run", quiet)
     seed_everything(0)
-    before = network(config().model, load_data(config().data).train).state_dict()
+    before = build_vit(config().model, load_data(config().data).train).state_dict()
     content = load_checkpoint(tmp_path / "run" / "model.pt")
     for key, value in content["average"].items():
         assert torch.allclose(value, (before[key] + content["model"][key]) / 2, atol=1e-7)
@@ -134,7 +132,7 @@ def test_the_moving_average_follows_the_weights(tmp_path: Path) -> None:
 def test_no_epoch_at_all_keeps_the_starting_weights(tmp_path: Path) -> None:
     train(config("--train.epochs", 0, "--train.warmup", 0), tmp_path / "run", quiet)
     seed_everything(0)
-    before = network(config().model, load_data(config().data).train).state_dict()
+    before = build_vit(config().model, load_data(config().data).train).state_dict()
     after = load_checkpoint(tmp_path / "run" / "model.pt")["model"]
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -154,26 +152,6 @@ def test_training_under_autocast_gives_nearly_the_same_loss(tmp_path: Path) -> N
 # Augmentation
 
 
-def test_rolled_images_hold_the_same_pixels_elsewhere() -> None:
-    x = torch.arange(2 * 3 * 5 * 5).view(2, 3, 5, 5)
-    rolled = roll(x, 2, generator(0))
-    down, right = torch.randint(-2, 3, (2, 2), generator=generator(0)).tolist()
-    for index in range(2):
-        assert torch.equal(rolled[index], x[index].roll((down[index], right[index]), (1, 2)))
-    assert roll(x, 0, generator(0)) is x
-
-
-def test_erasing_puts_noise_into_one_box_of_the_chosen_images() -> None:
-    x = torch.zeros(40, 1, 32, 32)
-    erased = erase(x, 0.5, generator(1))
-    boxes = [image[0].nonzero() for image in erased]
-    assert 10 <= sum(len(box) > 0 for box in boxes) <= 30
-    for box in (box for box in boxes if len(box)):
-        tall, wide = (box.max(0).values - box.min(0).values + 1).tolist()
-        assert tall * wide == len(box) and 0.01 <= tall * wide / 1024 <= 0.36
-    assert erase(x, 0.0, generator(1)) is x and not x.any()
-
-
 def test_each_step_and_each_rank_draws_its_own_mixup(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(step: int) -> float:
         return mixer(config(), step)(torch.rand(2, 1, 28, 28), torch.arange(2)).lam
@@ -183,26 +161,6 @@ def test_each_step_and_each_rank_draws_its_own_mixup(monkeypatch: pytest.MonkeyP
     alone = draw(0)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     assert draw(0) != alone
-
-
-# Schedules
-
-
-def test_the_learning_rate_rises_in_a_straight_line_and_falls_along_half_a_cosine() -> None:
-    there = config("--train.lr", 1.0, "--train.warmup", 1, "--train.epochs", 2, "--train.min_lr", 0.2)
-    rates = [learning_rate(there, step, 4) for step in range(8)]
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.8828427, 0.6, 0.3171573])
-
-
-def test_the_released_schedule_lags_one_epoch_and_is_timms() -> None:
-    there = config("--train.lr", 1.0, "--train.warmup", 3, "--train.epochs", 10, "--train.schedule", "epochs")
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = CosineLRScheduler(optimizer, t_initial=10, warmup_t=3, warmup_lr_init=0.0, lr_min=0.0)
-    theirs = []
-    for epoch in range(10):
-        theirs.append(optimizer.param_groups[0]["lr"])
-        scheduler.step(epoch)
-    assert [learning_rate(there, 5 * epoch + 2, 5) for epoch in range(10)] == pytest.approx(theirs)
 
 
 # Disturbed
@@ -267,7 +225,7 @@ def test_a_run_of_nothing_but_broken_steps_keeps_its_weights(tmp_path: Path, mon
     broken_at(set(range(100)), monkeypatch)
     train(config("--train.ema", 0.9, "--train.epochs", 1), tmp_path / "run", quiet)
     seed_everything(0)
-    before = network(config().model, load_data(config().data).train).state_dict()
+    before = build_vit(config().model, load_data(config().data).train).state_dict()
     content = load_checkpoint(tmp_path / "run" / "model.pt")
     for weights in (content["model"], content["average"]):
         assert all(torch.equal(before[key], weights[key]) for key in before)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor
 
+from common.data import ImageSet
+from common.vit import ViTConfig, build_vit
 from vit_antioversmooth.attnscale import apply_attnscale
 from vit_antioversmooth.bounds import rho
 from vit_antioversmooth.frequency import hc_ratio, mean_cosine
-from vit_antioversmooth.models import small_vit
+from vit_antioversmooth.models import NoSkipBlock
 from vit_antioversmooth.probe import FrequencyProbe
 from vit_antioversmooth.tests import nets
 from vit_antioversmooth.theory_check import bound_violations, lowpass_share
@@ -103,7 +106,8 @@ def test_a_failing_forward_leaves_no_hook_behind() -> None:
 
 def untrained(skip: bool = True, depth: int = 12):
     torch.manual_seed(0)
-    return small_vit(28, 1, 10, dim=64, heads=2, depth=depth, patch=7, skip=skip).eval()
+    data = ImageSet(torch.zeros(1, 1, 28, 28, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), 10)
+    return build_vit(ViTConfig(depth=depth), data, Block if skip else NoSkipBlock).eval()
 
 
 def test_high_frequencies_of_an_untrained_deep_net_fall_with_depth_and_rise_with_omega() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from timm.scheduler import CosineLRScheduler
 
 from common.config import UserError, parse
 from common.data import load as load_data
@@ -29,7 +28,7 @@ from vit_antioversmooth import eval as evaluation
 from vit_antioversmooth import train as training
 from vit_antioversmooth.settings import Config
 from vit_antioversmooth.tests import nets
-from vit_antioversmooth.train import learning_rate, network, train
+from vit_antioversmooth.train import network, train
 
 SCRIPT = Path(training.__file__)
 CONFIGS = SCRIPT.parent / "configs"
@@ -107,26 +106,6 @@ def test_the_moving_average_follows_the_weights(tmp_path: Path) -> None:
 def test_a_finished_run_is_not_trained_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_fit", lambda *_: pytest.fail("trained again"))
     assert train(config("--scales.method", "both"), finished, quiet) == read_json(finished / "done.json")
-
-
-# Schedules
-
-
-def test_the_learning_rate_rises_in_a_straight_line_and_falls_along_half_a_cosine() -> None:
-    there = config("--train.lr", 1.0, "--train.warmup", 1, "--train.epochs", 2, "--train.min_lr", 0.2)
-    rates = [learning_rate(there, step, 4) for step in range(8)]
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.8828427, 0.6, 0.3171573])
-
-
-def test_the_released_schedule_lags_one_epoch_and_is_timms() -> None:
-    there = config("--train.lr", 1.0, "--train.warmup", 3, "--train.epochs", 10, "--train.schedule", "epochs")
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = CosineLRScheduler(optimizer, t_initial=10, warmup_t=3, warmup_lr_init=0.0, lr_min=0.0)
-    theirs = []
-    for epoch in range(10):
-        theirs.append(optimizer.param_groups[0]["lr"])
-        scheduler.step(epoch)
-    assert [learning_rate(there, 5 * epoch + 2, 5) for epoch in range(10)] == pytest.approx(theirs)
 
 
 # Disturbed

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from common import augment
+from common.augment import erase, mix, roll, soft_labels
 from common.runs import generator
-from vit_antioversmooth import augment
-from vit_antioversmooth.augment import erase, mix, roll, soft_labels
 
 IMAGES = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 
