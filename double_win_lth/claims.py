@@ -125,11 +125,15 @@ def mean_gap(metric: str) -> Measure:
 
 
 def scarcity(level: int) -> Measure:
-    """C4, per seed: gap at the least fraction minus gap at the largest."""
-    return lambda rows: [
-        gap(rows, seed, fractions(rows)[0], level) - gap(rows, seed, fractions(rows)[-1], level)
-        for seed in seeds_of(rows)
-    ]
+    """C4, per seed: gap at the least fraction minus gap at the largest. KeyError where there is but one."""
+
+    def measure(rows: Rows) -> list[float]:
+        least, most = fractions(rows)[0], fractions(rows)[-1]
+        if least == most:
+            raise KeyError("but one fraction")
+        return [gap(rows, seed, least, level) - gap(rows, seed, most, level) for seed in seeds_of(rows)]
+
+    return measure
 
 
 def amplification(level: int) -> Measure:

@@ -119,3 +119,9 @@ def test_without_rows_every_claim_is_inconclusive_and_nothing_is_drawn() -> None
 
 def test_three_figures_are_drawn_from_the_rows() -> None:
     assert sorted(draw(rows())) == ["data", "masks", "sparsity"]
+
+
+def test_with_one_fraction_of_the_data_scarcity_is_not_measured() -> None:
+    least = [row for row in rows() if row["cell"].get("fraction", 0.01) == 0.01]
+    (claim,) = (claim for claim in judge(CLAIMS, least) if claim["id"] == "C4")
+    assert claim["values"] == [] and claim["verdict"] == "inconclusive"
