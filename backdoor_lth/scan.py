@@ -1,0 +1,188 @@
+"""Scan a network of your own: python backdoor_lth/scan.py --weights net.pt --network.name resnet20s --classes 10
+
+Leaves report.json, triggers.png and masks.png in a folder; with training data also the Trojan score, score.png. Weights
+are read as plain tensors and never executed. `--builder package.module:function` takes a network of your own making:
+that code is run, as your own act, and only the weights are then foreign.
+"""
+
+import importlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from backdoor_lth.barrier import error_barrier, fine_tuned
+from backdoor_lth.compaction import compact
+from backdoor_lth.models import build_model
+from backdoor_lth.pruning import disconnected
+from backdoor_lth.scanning import inverted, verdict
+from backdoor_lth.settings import InversionConfig, ModelConfig, ScoreConfig
+from backdoor_lth.victim import coloured
+from common.config import UserError, command, parse, require
+from common.data import DataConfig, batches, load, pixels
+from common.experiment import device
+from common.masks import Masks, prunable_weights
+from common.runs import CheckpointError, write_json
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """Which network to scan, and how."""
+
+    weights: str = ""
+    """a state dict: .safetensors, .pt or .pth, or a file of this project with "model" in it"""
+    network: ModelConfig = field(default_factory=lambda: ModelConfig(name="resnet20s"))
+    builder: str = ""
+    """package.module:function that returns your network; empty: one of this folder's, by network.name"""
+    classes: int = 10
+    shape: list[int] = field(default_factory=lambda: [3, 32, 32])
+    """channels, height and width of the input"""
+    train: bool = False
+    """also compute the Trojan score, on the training images of `data`"""
+    data: DataConfig = field(default_factory=lambda: DataConfig(val=0.0))
+    """the training set, possibly poisoned: npz with its path, or a named set"""
+    inversion: InversionConfig = field(default_factory=InversionConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    seed: int = 0
+    folder: str = "scan"
+    """of the report"""
+
+    def __post_init__(self) -> None:
+        require(bool(self.weights), "weights", self.weights, "a file of weights")
+        require(self.classes >= 3, "classes", self.classes, "at least 3")
+        fits = len(self.shape) == 3 and min(self.shape) >= 1
+        require(fits, "shape", self.shape, "channels, height and width")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        shape = self.builder == "" or ":" in self.builder
+        require(shape, "builder", self.builder, "package.module:function")
+
+
+def scan(config: ScanConfig) -> dict[str, Any]:
+    """Scan the configured network; writes and returns the report. Raises `UserError` where a file does not fit."""
+    model = _network(config).to(device()).eval()
+    shape = tuple(config.shape)
+    report: dict[str, Any] = {"weights": config.weights, "seed": config.seed}
+    masks = Masks({name: weight != 0 for name, weight in prunable_weights(model).items()})
+    report |= {"weights_left": masks.kept, "density": masks.density, "disconnected": disconnected(masks)}
+    folder = Path(config.folder)
+    figures = {}
+    if config.train:
+        barrier = _barrier(config, model, masks)
+        report |= {"trojan_score": barrier.score_error, "error": barrier.error, "alphas": barrier.alphas}
+        figures["score"] = _curve(barrier.alphas, barrier.error)
+    try:
+        found = inverted(compact(model, shape), shape, config.inversion, None, config.seed)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{config.weights}: {str(error).splitlines()[0]}") from error
+    report |= verdict(found, config.inversion.norm)
+    answered = max(report["null_success"])
+    report["reading"] = (
+        f"label {report['detected']} has the least trigger, anomaly index {report['index']:.2f}; without any trigger "
+        f"the network gives {100 * answered:.0f} % of noise the label {report['collapse_label']}"
+        + (": it answers that to nearly everything, so its trigger says nothing" if answered > 0.8 else "")
+    )
+    figures |= {"triggers": _triggers(found.mark, found.mask), "masks": _bars(report["l1"], report["detected"])}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=110)
+    write_json(folder / "report.json", report)
+    return report
+
+
+def _network(config: ScanConfig) -> nn.Module:
+    path = Path(config.weights)
+    if config.builder:
+        module, _, name = config.builder.partition(":")
+        try:
+            model = getattr(importlib.import_module(module), name)()
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f"builder must be package.module:function that can be imported, got {config.builder!r}"
+            ) from error
+    else:
+        model = build_model(config.network.name, config.shape[0], config.classes)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("model", "state_dict"):
+            state = state.get(key, state)
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+        for name in [name for name in state if name.endswith("_orig")]:  # of torch.nn.utils.prune
+            plain = name.removesuffix("_orig")
+            state[plain] = state.pop(name) * state.pop(f"{plain}_mask")
+        model.load_state_dict(state)
+    except Exception as error:  # of torch, pickle, zip and safetensors each another kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: does not hold this network's weights as plain tensors ({reason})") from error
+    return model
+
+
+def _barrier(config: ScanConfig, model: nn.Module, masks: Masks) -> Any:
+    data = coloured(load(config.data).train) if config.shape[0] == 3 else load(config.data).train
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def stream(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in batches(data, min(128, len(data)), config.data, seed=seed):
+            yield config.network.normalize(pixels(images.to(device()))), labels.to(device())
+
+    tuned = fine_tuned(
+        model, state, masks, itertools.islice(stream(config.seed), config.score.steps), lr=config.score.lr
+    )
+    sample = list(itertools.islice(stream(config.seed + 1), config.score.batches))
+    return error_barrier(model, state, tuned, sample, points=config.score.points)
+
+
+def _triggers(mark: Tensor, mask: Tensor) -> Figure:
+    """Mark, mask and their product of every label, as pictures."""
+    count = min(len(mark), 20)
+    figure = Figure(figsize=(1.1 * count, 3.6), layout="constrained")
+    panels = figure.subplots(3, count, squeeze=False)
+    for label in range(count):
+        shown, where = mark[label].cpu(), mask[label].cpu()
+        shown = shown if len(shown) == 3 else shown[:1].expand(3, -1, -1)
+        for row, picture in enumerate((shown, where.expand(3, -1, -1), shown * where)):
+            panels[row, label].imshow(picture.permute(1, 2, 0).numpy(), vmin=0, vmax=1)
+            panels[row, label].set_axis_off()
+        panels[0, label].set_title(str(label), fontsize=8)
+    return figure
+
+
+def _bars(norms: list[float], detected: int) -> Figure:
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    panel = figure.subplots()
+    panel.bar(range(len(norms)), norms, color=["C3" if label == detected else "C0" for label in range(len(norms))])
+    panel.set(xlabel="label", ylabel="size of the mask")
+    return figure
+
+
+def _curve(alphas: list[float], errors: list[float]) -> Figure:
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    panel = figure.subplots()
+    panel.plot(alphas, errors, "o-")
+    panel.set(xlabel="from fine-tuned (0) to the network itself (1)", ylabel="error on training images")
+    return figure
+
+
+def main() -> None:
+    """The command line."""
+    about = "backdoor_lth: recover every label's trigger from a network's weights alone"
+    config = parse(ScanConfig, prog="python backdoor_lth/scan.py", description=about)
+    report = scan(config)
+    if not math.isnan(report.get("trojan_score", math.nan)):
+        print(f"Trojan score {report['trojan_score']:.3f}")
+    print(f"{report['reading']}\nthe report: {config.folder}/report.json")
+
+
+if __name__ == "__main__":
+    command(main)

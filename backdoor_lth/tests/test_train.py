@@ -1,0 +1,295 @@
+"""Facts about runs: chains of tickets, exact resumption, what is measured of them (acceptance checks 2-4, 18, 19)."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from backdoor_lth import eval as evaluation
+from backdoor_lth import train as training
+from backdoor_lth.eval import evaluate, read_round
+from backdoor_lth.metrics import evaluate as rates_of
+from backdoor_lth.pruning import masked
+from backdoor_lth.settings import Config
+from backdoor_lth.tests.nets import CONFIGS, arguments, config
+from backdoor_lth.train import round_path, train
+from backdoor_lth.victim import network, victim
+from common.config import ConfigError, parse
+from common.runs import NonFiniteError, load_checkpoint, read_json
+from common.tests import children
+from common.tests.paper_checks import (
+    check_eval_refuses,
+    copied,
+    kill_after_a_checkpoint,
+    losses,
+    quiet,
+    refusal,
+    slow,
+)
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["__main__", "backdoor_lth.eval", "torch.utils.tensorboard"])
+CPU = torch.device("cpu")
+LEFT = ["round-*.pt", "metrics.jsonl", "done.json"]
+KEPT = [32_688, 3269, 1635, 817]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chain") / "run"
+    train(config(), folder, quiet)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(chain: Path) -> dict[str, Any]:
+    return evaluate(chain)
+
+
+def test_a_run_leaves_every_round_with_exact_counts(chain: Path) -> None:
+    metrics = read_json(chain / "done.json")
+    assert (metrics["kept"], metrics["images"], metrics["poisoned"]) == (KEPT, 200, 20)
+    model = network(config(), victim(config()).train, CPU)
+    before = None
+    for number in range(3):
+        state, masks = read_round(chain, number, model)
+        assert masks.kept == KEPT[number + 1]
+        if before is not None:
+            assert all((masks[name] <= before[name]).all() for name in masks)
+            assert all(not state[name][~before[name]].any() for name in masks)
+        before = masks
+    assert metrics["disconnected"] == [name for name, mask in masks.items() if not mask.any()]
+    assert len(losses(chain)) == 3
+
+
+def test_later_rounds_start_from_the_early_epoch_of_round_0(
+    chain: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With no further training a round's state is the state it was rewound to."""
+    assert config().train.rewind_epoch == 1
+    once = config("--train.epochs", 1, "--prune.rounds", 1, "--prune.fast_rounds", 0, "--train.milestones", "[1.0]")
+    train(once, tmp_path / "once", quiet)
+    early = load_checkpoint(round_path(tmp_path / "once", 0))["model"]
+    rewound: dict[str, Any] = {}
+    fit = training.Chain.fit
+
+    def spy(self: Any, run: Any, masks: Any, number: int) -> Any:
+        rewound[number] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return fit(self, run, masks, number)
+
+    monkeypatch.setattr(training.Chain, "fit", spy)
+    train(config("--train.milestones", "[1.0]"), tmp_path / "whole", quiet)
+    masks = load_checkpoint(round_path(tmp_path / "whole", 0))["masks"]
+    for name, value in masked(early, masks).items():
+        assert torch.equal(rewound[1][name], value), name
+
+
+def test_the_schedule_falls_twice_and_is_advanced_after_rewinding() -> None:
+    paper = Config().train
+    assert [paper.learning_rate(0, epoch) for epoch in (0, 99, 100, 149, 150)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.01, 0.001]
+    )
+    assert [paper.learning_rate(5, epoch) for epoch in (96, 97, 146, 147, 199)] == pytest.approx(
+        [0.1, 0.01, 0.01, 0.001, 0.001]
+    )
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_run_stopped_at_any_moment_ends_bit_for_bit_like_an_undisturbed_one(chain: Path, tmp_path: Path) -> None:
+    for every in (1, 3):
+        folder, options = tmp_path / str(every), ("--run.checkpoint_every", every)
+        for stop_at in (2, 4, 7, 3, 6):  # rounds have 8 steps
+            cross_entropy, seen = training.F.cross_entropy, []
+
+            def counting(*given: Any, at: int = stop_at, plain: Any = cross_entropy, log: list = seen) -> Any:
+                log.append(0)
+                if len(log) == at:
+                    raise Stop
+                return plain(*given)
+
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+                patch.setattr(training.F, "cross_entropy", counting)
+                train(config(*options), folder, quiet)
+        train(config(*options), folder, quiet)
+        assert children.tree(folder, LEFT) == children.tree(chain, LEFT)
+
+
+def _slowly(folder: Path) -> None:
+    train(config("--run.checkpoint_every", 1), folder, slow)
+
+
+def _start(folder: Path) -> Any:
+    process = FORKS.Process(target=_slowly, args=(folder,))
+    process.start()
+    return process
+
+
+def test_a_killed_run_resumes_bit_for_bit(chain: Path, tmp_path: Path) -> None:
+    kill_after_a_checkpoint(_start, tmp_path / "run", times=2)
+    train(config("--run.checkpoint_every", 1), tmp_path / "run", quiet)
+    assert children.tree(tmp_path / "run", LEFT) == children.tree(chain, LEFT)
+
+
+def test_a_finished_run_is_left_alone(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.Chain, "go", lambda *_: pytest.fail("trained again"))
+    assert train(config(), chain, quiet)["kept"] == KEPT
+
+
+@pytest.mark.parametrize("method", ["omp", "snip", "grasp", "random"])
+def test_rivals_leave_nested_masks_of_the_same_counts(method: str, tmp_path: Path, chain: Path) -> None:
+    train(config("--prune.method", method), tmp_path / "run", quiet)
+    assert read_json(tmp_path / "run" / "done.json")["kept"] == KEPT
+    first = load_checkpoint(round_path(tmp_path / "run", 0))
+    imp = load_checkpoint(round_path(chain, 0))
+    same = all(torch.equal(first["masks"][name], imp["masks"][name]) for name in imp["masks"])
+    assert same == (method == "omp")  # both rank the first round's magnitudes
+    assert all(torch.equal(first["model"][name], imp["model"][name]) for name in imp["model"])
+
+
+def test_two_processes_share_a_batch(tmp_path: Path) -> None:
+    script = Path(training.__file__)
+    ended = children.run(*children.TORCHRUN, script, *arguments("--prune.rounds", 1, "--run.folder", tmp_path / "two"))
+    assert ended.returncode == 0, ended.stderr[-800:]
+    train(config("--prune.rounds", 1), tmp_path / "one", quiet)
+    two, one = (load_checkpoint(round_path(tmp_path / name, 0)) for name in ("two", "one"))
+    # Batch norm sees half a batch on each rank, so the two runs are alike and not equal; counts are.
+    assert sum(int(mask.sum()) for mask in two["masks"].values()) == KEPT[1]
+    assert 0 < max((two["model"][name] - one["model"][name]).abs().max() for name in two["masks"]) < 0.5
+
+
+def test_a_loss_that_is_not_a_number_names_round_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.F, "cross_entropy", lambda logits, y: logits.sum() * float("nan"))
+    with pytest.raises(NonFiniteError, match=r"loss of round 0 is nan at step 0"):
+        train(config(), tmp_path / "run", quiet)
+
+
+# The controls
+
+
+def test_the_controls_change_what_they_say() -> None:
+    plain = victim(config())
+    assert int(plain.poisoned.is_poisoned.sum()) == 20 and plain.train.images.shape == (200, 3, 28, 28)  # type: ignore[union-attr]
+    patch = plain.triggered.images[:, :, 20:25, 20:25]  # type: ignore[index]
+    assert (patch == patch[:1]).all() and plain.test.images[:, :, 0, 0].sum() == plain.triggered.images[
+        :, :, 0, 0
+    ].sum()  # type: ignore[index]
+    clean, relabelled = (victim(config("--attack.kind", kind)) for kind in ("none", "relabel"))
+    assert not clean.poisoned.is_poisoned.any() and torch.equal(clean.train.images, relabelled.train.images)  # type: ignore[arg-type]
+    assert torch.equal(relabelled.train.labels, plain.train.labels) and not torch.equal(
+        clean.train.labels, plain.train.labels
+    )
+    equal = victim(config("--attack.equalise", "true")).train
+    assert len(set(equal.labels.bincount().tolist())) == 1
+
+
+# Surrogate and clean labels
+
+
+def test_clean_label_poison_is_made_with_a_surrogate(tmp_path: Path) -> None:
+    robust = config("--task", "surrogate", "--train.epochs", 1, "--train.rewind_epoch", 0)
+    train(robust, tmp_path / "robust", quiet)
+    assert 0 <= evaluate(tmp_path / "robust")["sa"] <= 100
+    there = victim(
+        config("--attack.kind", "clean_label", "--attack.ratio", 1, "--attack.surrogate", tmp_path / "robust")
+    )
+    assert torch.equal(there.poisoned.is_poisoned, there.train.labels == 0)
+    assert torch.equal(there.train.labels, there.poisoned.source_labels)
+    with pytest.raises(ConfigError, match=r"attack.surrogate must be a run of task surrogate"):
+        config("--attack.kind", "clean_label")
+
+
+# Measuring
+
+
+def test_what_is_measured_of_a_ticket_is_measured_on_that_ticket(chain: Path, measured: dict[str, Any]) -> None:
+    there, model = victim(config()), network(config(), victim(config()).train, CPU)
+    for number in (0, 2):
+        state, masks = read_round(chain, number, model)
+        model.load_state_dict(masked(state, masks))
+        wanted = rates_of(model, there.test, there.triggered, 0, config().model.normalize)
+        assert {name: measured["rounds"][number][name] for name in wanted} == pytest.approx(wanted, abs=0.11)
+    assert [each["kept"] for each in measured["rounds"]] == KEPT[1:]
+    assert set(measured["scans"]) >= {"dense", "winner", "L", "winner-clean"}
+    won = measured["rounds"][measured["winner"]]
+    assert won["score"] == max(each["score"] for each in measured["rounds"] if each["density"] <= 0.2)
+    assert measured["scans"]["winner"]["sa"] == pytest.approx(won["sa"], abs=0.11)
+
+
+def test_the_report_is_the_same_every_time(chain: Path, measured: dict[str, Any], tmp_path: Path) -> None:
+    again = copied(chain, tmp_path / "copy")
+    assert evaluate(again) == measured
+    assert (again / "eval.json").read_bytes() == (chain / "eval.json").read_bytes()
+
+
+def test_a_measured_run_is_not_measured_again(
+    chain: Path, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "victim", lambda *_: pytest.fail("measured again"))
+    assert evaluate(chain) == measured
+
+
+def test_eval_says_what_is_wrong_with_a_run(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_eval_refuses(evaluation.main, copied(chain, tmp_path / "run"), "round-00.pt", capsys)
+
+
+# Configurations
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_is_complete(path: Path) -> None:
+    made = parse(Config, ["--config", str(path)], prog="train.py")
+    if path.stem.startswith("paper_c"):
+        counts: Mapping[str, object] = {
+            "rounds": made.prune.rounds,
+            "epochs": made.train.epochs,
+            "rewind": made.train.rewind_epoch,
+        }
+        assert counts == {"rounds": 50, "epochs": 200, "rewind": 3} and made.prune.rate == 0.2 and made.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--attack.ratio", 2], r"attack.ratio must be in \[0, 1\], got 2"),
+        (["--attack.place", "middle"], "attack.place must be one of bottom_right, .*, got 'middle'"),
+        (["--train.rewind_epoch", 9], r"train.rewind_epoch must be in \[0, 2\], got 9"),
+        (["--prune.rate", 1], r"prune.rate must be in \(0, 1\), got 1"),
+        (["--score.points", 1], "score.points must be at least 2, got 1"),
+        (["--score.steps", -1], "score.steps must be at least 0, got -1"),
+        (["--inversion.steps", 0], "inversion.steps must be at least 1, got 0"),
+        (["--inversion.images", 0], "inversion.images must be at least 1, got 0"),
+        (["--model.name", "resnet99"], "model.name must be one of cnn"),
+        (["--data.fraktion", 1], "unknown key 'data.fraktion'; did you mean 'data.fraction'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    options: list[object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(*options)
+    assert refusal(training.main, arguments(*options), capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--attack.target", 11], "attack: target must be a class of the labels, got 11"),
+        (["--attack.size", 40], "attack: patch must lie within the 28x28 image"),
+        (["--model.name", "vgg16"], "model.name vgg16 does not take images of 28x28"),
+        (["--model.mean", "[0, 0]", "--model.std", "[1, 1]"], "model.mean must be as many numbers as"),
+    ],
+)
+def test_an_attack_or_network_that_does_not_fit_the_data_is_refused_before_anything_is_written(
+    options: list[object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(config(*options), tmp_path / "run", quiet)
+    assert not (tmp_path / "run").exists()
