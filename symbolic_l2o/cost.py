@@ -1,0 +1,51 @@
+"""What a rule costs beside its teacher: floats a weight, time of a step, memory of meta-tuning (claim C7)."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from symbolic_l2o.baselines import LearnerOptimizer
+from symbolic_l2o.optimizer import SymbolicOptimizer
+from symbolic_l2o.presets import presets
+from symbolic_l2o.teachers import LSTMTeacher
+
+REPEATS = 5
+
+
+def best_time(function: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Least seconds of one call, after a first one that does not count."""
+    function()
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def state_floats(optimizer: torch.optim.Optimizer, size: int) -> float:
+    """Numbers kept a weight after a step, step counts left out."""
+    return sum(t.numel() for s in optimizer.state.values() for t in s.values() if t.numel() > 1) / size
+
+
+def step_costs(size: int) -> dict[str, float]:
+    """Floats a weight of the pole rule and the smallest teacher, and teacher's time over the rule's: *_ratio."""
+    p = nn.Parameter(torch.zeros(size))
+    p.grad = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    pole = SymbolicOptimizer([p], presets("rp_pole_mnist5k"), lr=1e-4)
+    teachers = {kind: LearnerOptimizer([p], LSTMTeacher(kind), lr=1e-4) for kind in ("rp_s", "rp", "dm")}
+    rule_time = best_time(pole.step)
+    found = {f"{kind}_step_ratio": best_time(optimizer.step, 2) / rule_time for kind, optimizer in teachers.items()}
+    teacher_floats = {f"{kind}_floats": float(opt.learner.state_floats) for kind, opt in teachers.items()}  # type: ignore[attr-defined]
+    return {**found, **teacher_floats, "pole_floats": state_floats(pole, size)}
+
+
+def tuning_floats(unroll: int, parameters: int, features: int) -> dict[str, float]:
+    """Floats a weight that meta-tuning a pole rule keeps beside ordinary training, by mode (counted, not measured)."""
+    auxiliaries = 2 + features
+    return {
+        "suffix": unroll + 1 + unroll * features + auxiliaries,
+        "forward": parameters + auxiliaries,
+    }

@@ -1,0 +1,181 @@
+"""Facts about the study: its report, resuming, and how its claims are judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from common.claims import judge
+from common.tests.paper_checks import (
+    check_a_killed_study_goes_on,
+    check_a_second_call_runs_nothing,
+    check_report,
+    check_study_refuses,
+    report,
+    rows,
+    study_options,
+)
+from symbolic_l2o.claims import CLAIMS
+from symbolic_l2o.cost import step_costs, tuning_floats
+from symbolic_l2o.expr import fold, latex
+from symbolic_l2o.figures import draw
+from symbolic_l2o.presets import PRESETS, presets
+from symbolic_l2o.regression import Search
+from symbolic_l2o.reproduce import reproduce
+from symbolic_l2o.sanity import TARGETS, recovered, target
+
+ONE = ["--study.seeds", "[0]", "--study.workers", "1"]
+SMALL = [*ONE, "--study.arms", "[rp_s, baselines, tune]", "--study.unseen", "[tanh]"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    assert reproduce([*study_options(folder), *SMALL]) == 0
+    return folder
+
+
+def test_a_study_reports_every_claim_and_its_figures(place: Path) -> None:
+    check_report(place, CLAIMS, ["races", "teachers", "equations"])
+    kinds = {row["cell"].get("what") for row in report(place)["rows"]}
+    assert kinds == {"teacher", "equation", "race", "tune"}
+    check_a_second_call_runs_nothing(reproduce, place, SMALL)
+
+
+def test_a_killed_study_goes_on_where_it_was(place: Path, tmp_path: Path) -> None:
+    check_a_killed_study_goes_on("symbolic_l2o", reproduce, tmp_path, SMALL, rows(place))
+
+
+def test_rule_and_baselines_race_from_the_same_starts(place: Path) -> None:
+    first = {
+        row["cell"]["by"]: row["metrics"]["curve"][0]
+        for row in report(place)["rows"]
+        if row["cell"].get("problem") == "tanh"
+    }
+    assert set(first) == {"pole", "sgdm", "adam"} and max(first.values()) - min(first.values()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--scale", "huge"], "--scale must be one of .*smoke"),
+        (["--study.arms", "[dm, dm]"], "study.arms must be without repetition"),
+        (["--study.arm", "[dm]"], "unknown key 'study.arm'; did you mean 'study.arms'"),
+        (["--study.networks", "[adam:-1]"], "study.networks must be"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_is_written(
+    wrong: Sequence[str], message: str, tmp_path: Path
+) -> None:
+    check_study_refuses(reproduce, tmp_path, wrong, message)
+
+
+# Claims
+
+
+def race_row(arm: str, by: str, problem: str, final: list[float], seed: int = 0) -> dict[str, Any]:
+    return {
+        "cell": {"arm": arm, "what": "race", "by": by, "problem": problem},
+        "seed": seed,
+        "metrics": {"final": final},
+    }
+
+
+def equation(arm: str, by: str, seed: int = 0, **metrics: Any) -> dict[str, Any]:
+    return {"cell": {"arm": arm, "what": "equation", "by": by}, "seed": seed, "metrics": metrics}
+
+
+def judged(claim: str, rows_: list[dict[str, Any]]) -> tuple[str, list[float]]:
+    (found,) = judge([one for one in CLAIMS if one.id == claim], rows_)
+    return found["verdict"], found["values"]
+
+
+def test_a_claim_without_rows_is_inconclusive() -> None:
+    assert {row["verdict"] for row in judge(CLAIMS, [])} == {"inconclusive"}
+    assert len({claim.id for claim in CLAIMS}) == len(CLAIMS)
+
+
+@pytest.mark.parametrize(("better", "verdict", "won"), [(3, "held", 3), (2, "held", 2), (1, "not held", 1)])
+def test_the_race_is_won_where_both_rivals_are_beaten(better: int, verdict: str, won: int) -> None:
+    starts = np.linspace(1, 2, 10)
+    found = []
+    for number, problem in enumerate(("relu3", "tanh", "conv")):
+        shift = -0.1 if number < better else 0.1
+        found.append(race_row("rp_s", "pole", problem, (starts + shift).tolist()))
+        for name in ("sgdm", "adam"):
+            found.append(race_row("baselines", name, problem, starts.tolist()))
+    found += [{**row, "seed": 1} for row in found]
+    assert judged("C8a", found) == (verdict, [won, won])
+    found[2] = race_row("baselines", "adam", "relu3", (starts - 1).tolist())
+    assert judged("C8a", found)[1][0] == won - 1
+
+
+def test_an_equation_is_compared_with_its_own_teacher() -> None:
+    found = []
+    for seed in range(3):
+        found.append(race_row("rp_s", "teacher", "sig", [0.10, 0.12], seed))
+        found.append(race_row("rp_s", "pole", "sig", [0.11, 0.11 + 0.001 * seed], seed))
+    assert judged("C4b", found)[0] == "held"
+    assert judged("C4b", found)[1] == pytest.approx([0, 0.0045, 0.0091], abs=1e-3)
+
+
+def test_the_form_claim_takes_the_worst_teacher() -> None:
+    found = []
+    for seed in range(2):
+        for arm, searched in (("rp", 0.7), ("rp_s", 0.83), ("rp_si", 0.7)):
+            found += [equation(arm, "template", seed, r2=0.75), equation(arm, "template_tanh", seed, r2=0.80)]
+            found.append(equation(arm, "operon-0", seed, r2=searched, complexity=9))
+    assert judged("C6", found)[0] == "not held" and judged("C6", found)[1] == pytest.approx([0.03, 0.03])
+
+
+def test_complexities_are_paired_by_seed() -> None:
+    found = []
+    for seed, (dm, rp) in enumerate([(40, 20), (44, 20), (42, 20)]):
+        found += [equation("dm", f"operon-{n}", seed, complexity=dm + n) for n in range(2)]
+        found.append(equation("rp", "operon-0", seed, complexity=rp))
+    assert judged("C3a", found) == ("held", [20.5, 24.5, 22.5])
+
+
+# What cells measure
+
+
+def test_sanity_targets_are_the_papers_rules() -> None:
+    g = np.random.default_rng(0).normal(size=(50, 40))
+    assert np.allclose(target("sgd", g), -0.01 * g[:, 0])
+    assert np.allclose(target("mixed", g), g[:, 0] ** 2 + g[:, 1] + 2 * g[:, 2] + np.exp(g[:, 4]))
+    e, momentum = np.zeros(50), target("momentum", g)
+    for step in reversed(range(40)):
+        e = 0.6 * e + g[:, step]
+    assert np.allclose(momentum, e)
+    m, v = np.zeros(50), np.zeros(50)
+    for step in reversed(range(40)):
+        m, v = 0.9 * m + 0.1 * g[:, step], 0.9 * v + 0.1 * g[:, step] ** 2
+    assert np.allclose(target("adam", g), m / np.sqrt(v) / (1 - 0.9**40) ** 0.5)
+    assert recovered("sgd", Search(evaluations=1500, generations=5, population=100), 0) > 0.999
+    with pytest.raises(ValueError, match="target must be one of"):
+        target("lion", g)
+    assert list(TARGETS) == ["sgd", "window", "mixed", "momentum", "adam"]
+
+
+def test_costs_are_counted() -> None:
+    found = step_costs(2000)
+    assert (found["pole_floats"], found["rp_s_floats"], found["rp_floats"]) == (4, 16, 82)
+    assert found["rp_s_step_ratio"] > 0
+    assert tuning_floats(20, 8, 2) == {"suffix": 65, "forward": 12} and tuning_floats(40, 8, 2)["forward"] == 12
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_formula_can_be_drawn(name: str) -> None:
+    rule = presets(name)
+    text = latex(fold(rule.expr, rule.coefficients), {}).replace("\\operatorname", "\\mathrm")
+    if len(text) < 4000:
+        figure = Figure()
+        figure.text(0, 0, f"${text}$")
+        figure.canvas.draw()
+    assert math.isfinite(len(text)) and draw([]) == {}
