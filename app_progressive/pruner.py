@@ -1,0 +1,286 @@
+"""APP on any network and any optimiser: score, mask, keep the masked weights at zero (spec c; d_t = base^delta_t).
+
+pruner = AnytimePruner(model, n_states=8, tau=4.5)
+pruner.attach(optimizer)
+for megabatch in stream:
+    pruner.step(score_batches)   # before training on it
+    ...                          # train as usual
+"""
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from app_progressive.schedules import cubic_schedule, delta_schedule, open_delta
+from app_progressive.scores import BLIND, CRITERIA, Batches, Loss, scores
+from app_progressive.threshold import SCOPES, TIES, UPDATES, threshold
+from common.masks import Masks, prunable_weights
+
+Schedule = Literal["exponential", "cubic"]
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        for wrapper in ("_orig_mod", "module"):
+            if isinstance(found := getattr(model, wrapper, None), nn.Module) and len(list(model.children())) == 1:
+                model = found
+                break
+        else:
+            return model
+
+
+def prunable(
+    model: nn.Module, include: tuple[type[nn.Module], ...] = (nn.Conv2d,), exclude: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Weights of the modules of these kinds, by name, but for names that fit a glob of `exclude` ("head*").
+
+    Never biases or norms. A vision transformer: include=(nn.Linear,), exclude=("head*",). ValueError if none is left.
+    """
+    found = prunable_weights(inner(model), include)
+    kept = {n: p for n, p in found.items() if not any(fnmatch.fnmatchcase(n, pattern) for pattern in exclude)}
+    if not kept:
+        raise ValueError(f"exclude must leave a weight to prune, got {list(exclude)}")
+    return kept
+
+
+def fresh_weights(weights: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """New U(-1/sqrt(fan_in), 1/sqrt(fan_in)) weights: what the released code scores from state 2 on (spec f.1)."""
+
+    def draw(weight: Tensor) -> Tensor:
+        uniform = torch.rand(weight.shape, generator=generator, dtype=weight.dtype).to(weight.device)
+        return (2 * uniform - 1) / weight[0].numel() ** 0.5
+
+    return {name: draw(weight) for name, weight in weights.items()}
+
+
+class AnytimePruner:
+    """Anytime Progressive Pruning of a network along a stream of `n_states` megabatches.
+
+    Args:
+        model: any network; DDP-wrapped or compiled ones are pruned inside, under the inner names.
+        n_states: S; None for a stream of unknown length, whose exponent is min(tau, 1 + growth (t - 1)).
+        tau: last exponent; the last density is base^tau.
+        criterion: see `scores`.
+        base: density of the first state.
+        scope, ties, update: see `threshold`.
+        include, exclude: see `prunable`.
+        schedule: exponential (the paper's), cubic (gradual pruning), or the densities themselves, one a state.
+        growth: of the exponent a state where n_states is None.
+        score_weights: current; or fresh, the released code's fault: from state 2 on random weights are scored.
+        keep_stored: keep the values behind the masks, which then decay as under the usual mask * weight; needed where
+            weights may come back (replace) or dead ones are scored (intersect of current weights).
+
+    Raises:
+        ValueError: naming the argument that is wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        n_states: int | None,
+        tau: float,
+        criterion: str = "snip",
+        base: float = 0.8,
+        scope: str = "global",
+        ties: str = "rank",
+        update: str = "nested",
+        include: tuple[type[nn.Module], ...] = (nn.Conv2d,),
+        exclude: Sequence[str] = (),
+        schedule: Schedule | Sequence[float] = "exponential",
+        growth: float = 0.5,
+        score_weights: str = "current",
+        keep_stored: bool = False,
+    ) -> None:
+        choices: dict[str, tuple[str, tuple[str, ...]]] = {
+            "criterion": (criterion, CRITERIA),
+            "scope": (scope, SCOPES),
+            "ties": (ties, TIES),
+            "update": (update, UPDATES),
+            "score_weights": (score_weights, ("current", "fresh")),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not 0 < base < 1:
+            raise ValueError(f"base must be in (0, 1), got {base}")
+        needs_stored = update == "replace" or (update == "intersect" and score_weights == "current")
+        if needs_stored and not keep_stored:
+            raise ValueError(f"update {update} must have keep_stored=True: projected weights score 0, got False")
+        self._targets: list[tuple[float, float]] | None = None
+        if n_states is None:
+            open_delta(1, tau, growth)  # checks
+        elif isinstance(schedule, str):
+            if schedule not in ("exponential", "cubic"):
+                raise ValueError(f"schedule must be exponential, cubic or densities, got {schedule!r}")
+            deltas = delta_schedule(n_states, tau)
+            densities = cubic_schedule(n_states, tau, base) if schedule == "cubic" else [base**d for d in deltas]
+            self._targets = list(zip(deltas, densities, strict=True))
+        else:
+            if len(schedule) != n_states or not all(0 < density <= 1 for density in schedule):
+                raise ValueError(f"schedule must be {n_states} densities in (0, 1], got {list(schedule)}")
+            self._targets = [
+                (delta, float(d)) for delta, d in zip(delta_schedule(n_states, tau), schedule, strict=True)
+            ]
+        self.model, self.tau, self.base, self.growth = inner(model), tau, base, growth
+        self.criterion, self.scope, self.ties, self.update = criterion, scope, ties, update
+        self.score_weights, self.keep_stored = score_weights, keep_stored
+        self.names = list(prunable(model, include, exclude))
+        self.masks = Masks.ones_like(self._weights())
+        self.stored = {name: weight.detach().clone() for name, weight in self._weights().items()} if keep_stored else {}
+        self.state = 0
+        self._multipliers: dict[str, Tensor] = {}
+
+    def _weights(self) -> dict[str, nn.Parameter]:
+        return {name: self.model.get_parameter(name) for name in self.names}
+
+    def target(self, state: int) -> tuple[float, float]:
+        """Exponent and density wanted in a state, counted from 1. Raises RuntimeError past the last one."""
+        if self._targets is None:
+            delta = open_delta(state, self.tau, self.growth)
+            return delta, self.base**delta
+        if not 1 <= state <= len(self._targets):
+            raise RuntimeError(f"state must be in [1, {len(self._targets)}], got {state}: the stream was to end there")
+        return self._targets[state - 1]
+
+    def step(
+        self,
+        batches: Batches | None,
+        state: int | None = None,
+        loss_fn: Loss = F.cross_entropy,
+        generator: torch.Generator | None = None,
+        reduce: Callable[[list[Tensor]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Score the weights on `batches`, mask, and set the masked weights to zero: before training on a megabatch.
+
+        Args:
+            batches: (x, y) of the data at hand; None for mag and random.
+            state: t = 1, 2, ...; the next one if None.
+            loss_fn: see `scores`.
+            generator: of random scores and fresh weights.
+            reduce: averages the scores over the ranks of a data-parallel run in place, so that all find one mask.
+
+        Returns:
+            state, delta, density_target, density (effective) and per_layer densities by name.
+
+        Raises:
+            RuntimeError: past the last state. ValueError: see `scores` and `threshold`.
+        """
+        state = self.state + 1 if state is None else state
+        delta, target = self.target(state)
+        self._store()
+        weights: Mapping[str, Tensor] = self.stored or self._weights()
+        if self.score_weights == "fresh" and state > 1:
+            weights = fresh_weights(weights, generator or torch.Generator().manual_seed(state))
+        found = scores(
+            self.model,
+            None if self.criterion in BLIND else batches,
+            self.criterion,
+            loss_fn,
+            weights,
+            {name: mask.to(weights[name].device) for name, mask in self.masks.items()},
+            generator=generator,
+        )
+        if reduce is not None:
+            reduce(list(found.values()))
+        self.masks = Masks(threshold(found, target, self.scope, self.ties, self.masks, self.update))
+        self._multipliers = {}
+        self.state = state
+        with torch.no_grad():
+            for name, stored in self.stored.items():
+                self.model.get_parameter(name).copy_(stored)
+        self.project()
+        targets = {"state": state, "delta": delta, "density_target": target}
+        return {**targets, "density": self.density(), "per_layer": self.per_layer()}
+
+    def _factors(self) -> list[Tensor]:
+        """The masks as numbers of the weights' dtype on their device."""
+        for name, weight in self._weights().items():
+            there = self._multipliers.get(name)
+            if there is None or there.device != weight.device or there.dtype != weight.dtype:
+                self._multipliers[name] = self.masks[name].to(weight)
+        return [self._multipliers[name] for name in self.names]
+
+    @torch.no_grad()
+    def _store(self) -> None:
+        """Take over the live weights as they are now; what is behind the masks stays as stored."""
+        for name, stored in self.stored.items():
+            stored.copy_(torch.where(self.masks[name].to(stored.device), self.model.get_parameter(name), stored))
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Set the masked weights to exactly zero; after loading weights, and after each optimiser step (`attach`)."""
+        weights: list[Tensor] = [weight.data for weight in self._weights().values()]
+        torch._foreach_mul_(weights, self._factors())
+
+    def attach(self, optimizer: Optimizer) -> Callable[[], None]:
+        """Project after every step of `optimizer` from now on; returns a function that ends it.
+
+        Live weights then train, bit for bit, as under mask * weight: they see the same gradients, momentum and decay.
+        Gradients of masked weights are zeroed before the step.
+        """
+
+        @torch.no_grad()
+        def before(*_: Any) -> None:
+            for weight, factor in zip(self._weights().values(), self._factors(), strict=True):
+                if weight.grad is not None:
+                    weight.grad.mul_(factor)
+            for name, stored in self.stored.items():
+                weight = self.model.get_parameter(name)
+                weight.copy_(torch.where(self._multipliers[name].bool(), weight, stored))
+
+        @torch.no_grad()
+        def after(*_: Any) -> None:
+            for name, stored in self.stored.items():
+                stored.copy_(self.model.get_parameter(name))
+            self.project()
+
+        hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+        def detach() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return detach
+
+    def density(self) -> float:
+        """Part of the prunable weights that is kept: the effective density."""
+        return self.masks.density
+
+    def per_layer(self) -> dict[str, float]:
+        """Effective density of each prunable tensor."""
+        return {name: mask.double().mean().item() for name, mask in self.masks.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State, masks and stored values, as plain data apart from the model's own state dict."""
+        return {"state": self.state, "masks": self.masks.state_dict(), "stored": dict(self.stored)}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`, and project. Raises ValueError where names or shapes are another network's."""
+        masks, weights = Masks(saved["masks"]), self._weights()
+        if masks.keys() != weights.keys() or any(masks[n].shape != w.shape for n, w in weights.items()):
+            raise ValueError("masks must be those of this network, got others")
+        self.state, self.masks, self._multipliers = int(saved["state"]), masks, {}
+        for name, stored in saved["stored"].items():
+            self.stored[name] = stored.to(weights[name].device)
+        self.project()
+
+    def export(self) -> dict[str, Tensor]:
+        """The network's state dict with zeros where it is masked; loads strictly into an unpruned network."""
+        self.project()
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+
+class OneShotPruner(AnytimePruner):
+    """Anytime one-shot pruning: one mask of density base^tau before the first megabatch, kept for ever.
+
+    Call `step` once, with data of the first megabatch; options as of `AnytimePruner`.
+    """
+
+    def __init__(self, model: nn.Module, tau: float, **options: Any) -> None:
+        super().__init__(model, 1, tau, **options)

@@ -1,0 +1,156 @@
+"""Facts about scores: the authors' values, and that scoring leaves no trace (acceptance checks 5, 6, 19)."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from app_progressive import scores
+from app_progressive.scores import first_of_each_class
+from app_progressive.tests.nets import arrays, batch, convs, reference_batches, reference_net, small_net
+
+CASES = [
+    ("snip", "snip", False),
+    ("snip_prev", "snip", True),
+    ("taylor", "taylor", False),
+    ("taylor_prev", "taylor", True),
+    ("mag", "mag", False),
+    ("grasp", "grasp", False),
+    ("synflow_eval", "synflow", False),
+]
+
+
+@pytest.mark.parametrize(("name", "criterion", "masked"), CASES)
+def test_scores_are_the_authors(name: str, criterion: str, masked: bool) -> None:
+    values = arrays("scores")
+    masks = convs(values, "prev_mask") if masked else None
+    batches = reference_batches(values, 64 if criterion == "grasp" else 100)
+    found = scores(reference_net(values), batches, criterion, masks=masks)
+    for key, wanted in convs(values, f"score/{name}").items():
+        assert torch.allclose(found[key], wanted, rtol=0, atol=1e-12), key
+
+
+def test_grasp_takes_the_first_of_each_class_that_the_authors_take() -> None:
+    values = arrays("scores")
+    x, y = first_of_each_class(reference_batches(values, 64), 10)
+    chosen = values["grasp_sel_idx"]
+    assert torch.equal(y, values["grasp_sel_y"]) and torch.equal(x, values["x_u8"][chosen].double() / 255)
+
+
+def plain_snip(net: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """|w * sum of gradients| by `backward`, on a copy."""
+    net = copy.deepcopy(net).train()
+    for x, y in batches:
+        F.cross_entropy(net(x), y).backward()
+    return {
+        name: (w.detach() * w.grad).abs()
+        for name, w in net.named_parameters()
+        if name in ("conv1.weight", "conv2.weight")
+    }
+
+
+def test_snip_on_live_weights_is_weight_times_gradient_and_sums_to_one() -> None:  # 5
+    values = arrays("scores")
+    net, batches = reference_net(values), reference_batches(values)
+    masks = convs(values, "prev_mask")
+    for name, mask in masks.items():
+        net.get_parameter(name).data.mul_(mask)
+    found, plain = scores(net, batches, masks=masks), plain_snip(net, batches)
+    assert sum(float(score.sum()) for score in found.values()) == pytest.approx(1, abs=1e-12)
+    total = sum(float(score.sum()) for score in plain.values())
+    for name in found:
+        assert torch.allclose(found[name], plain[name] / total, rtol=0, atol=1e-12)
+
+
+def test_batches_count_alike_and_have_statistics_of_their_own() -> None:  # 5
+    values = arrays("scores")
+    net = reference_net(values)
+    split, whole = (scores(net, reference_batches(values, size)) for size in (100, 250))
+    assert not torch.allclose(split["conv1.weight"], whole["conv1.weight"], rtol=1e-3, atol=0)
+
+
+def test_opposite_gradients_cancel_before_the_absolute_value() -> None:  # 5
+    net, (x, y) = small_net().double(), batch()
+    signs = iter((1.0, -1.0))
+    with torch.no_grad():  # which scoring does not heed
+        found = scores(net, [(x.double(), y)] * 2, loss_fn=lambda z, labels: next(signs) * F.cross_entropy(z, labels))
+    assert all((score == 0).all() for score in found.values())
+
+
+def test_snip_is_blind_to_a_scale_that_batch_norm_undoes_and_magnitude_is_not() -> None:  # 5
+    values = arrays("scores")
+    net, batches = reference_net(values), reference_batches(values)
+    before = {criterion: scores(net, batches, criterion) for criterion in ("snip", "mag")}
+    net.conv1.weight.data.mul_(2)
+    after = {criterion: scores(net, batches, criterion) for criterion in ("snip", "mag")}
+    assert torch.equal(after["mag"]["conv1.weight"], 2 * before["mag"]["conv1.weight"])
+    large = before["snip"]["conv1.weight"] > before["snip"]["conv1.weight"].mean()
+    assert torch.allclose(after["snip"]["conv1.weight"][large], before["snip"]["conv1.weight"][large], rtol=1e-2)
+
+
+@pytest.mark.parametrize("criterion", ["snip", "taylor", "mag", "random", "grasp", "synflow"])
+def test_scoring_leaves_no_trace(criterion: str) -> None:  # 6
+    values = arrays("scores")
+    net = nn.Sequential(reference_net(values), nn.Dropout(0.5))
+    net.train()
+    net[0].bn1.eval()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+    batches = reference_batches(values, 64)
+    F.cross_entropy(net(batches[0][0]), batches[0][1]).backward()
+    optimizer.step()
+    net[0].conv2.weight.grad = None
+
+    def everything() -> list[object]:
+        grads = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+        momentum = [optimizer.state[p]["momentum_buffer"].clone() for p in net.parameters()]
+        flags = [module.training for module in net.modules()]
+        noise = [torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()]
+        return [*(v.clone() for v in net.state_dict().values()), *grads, *momentum, flags, *noise]
+
+    before = everything()
+    scores(net, batches, criterion)
+    for old, new in zip(before, everything(), strict=True):
+        assert torch.equal(old, new) if isinstance(old, Tensor) else old == new
+
+
+def test_random_scores_depend_on_their_generator_alone() -> None:
+    draws = [scores(small_net(), None, "random", generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0]["conv1.weight"], draws[1]["conv1.weight"])
+    assert not torch.equal(draws[0]["conv1.weight"], draws[2]["conv1.weight"])
+
+
+def test_a_weight_without_gradient_scores_zero_with_a_warning() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = small_net(), nn.Conv2d(1, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    with pytest.warns(UserWarning, match=r"no gradient reaches idle\.weight: scored 0"):
+        found = scores(Unused(), [batch()])
+    assert (found["idle.weight"] == 0).all() and (found["used.conv1.weight"] > 0).any()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "batches", "message"),
+    [
+        ("magic", [batch()], "criterion must be one of snip, .* got 'magic'"),
+        ("snip", [], r"batches must hold at least one \(x, y\), got none"),
+        ("snip", None, "batches must hold at least one"),
+        ("grasp", [batch(20)], "batches must hold 10 samples of class 0 for grasp, got"),
+        ("snip", [(torch.full((4, 3, 8, 8), torch.nan), torch.arange(4))], "score conv1.weight must be finite"),
+    ],
+)
+def test_impossible_scores_are_refused(criterion: str, batches: list | None, message: str) -> None:  # 19
+    with pytest.raises(ValueError, match=message):
+        scores(small_net(), batches, criterion)
+    with pytest.raises(ValueError, match="params must hold a weight"):
+        scores(nn.Linear(2, 2), batches, "mag")
