@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from app_progressive import AnytimePruner, OneShotPruner, density_schedule, scores, threshold
+from app_progressive import AnytimePruner, OneShotPruner, scores, threshold
 from app_progressive.pruner import fresh_weights, prunable
+from app_progressive.schedules import density_schedule
 from app_progressive.tests import two_ranks
 from app_progressive.tests.nets import TinyNet, arrays, batch, convs, reference_batches, reference_net, small_net
 from app_progressive.threshold import pruned_count

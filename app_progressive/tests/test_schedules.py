@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app_progressive import delta_schedule, density_schedule
+from app_progressive import delta_schedule
 from app_progressive.cost import stream_macs, training_images
-from app_progressive.schedules import cubic_schedule, open_delta
+from app_progressive.schedules import cubic_schedule, density_schedule, open_delta
 from app_progressive.tests.nets import facts
 from app_progressive.threshold import pruned_count
 
