@@ -70,7 +70,7 @@ def _rates(rows: Rows, arms: list[str]) -> Figure:
                 )
         panels[0, column].set(title=arm, ylabel="%" if not column else None)
         panels[1, column].set(xscale="log", xlabel="density, %", ylabel="Trojan score" if not column else None)
-        panels[1, column].invert_xaxis()
+    panels[0, 0].invert_xaxis()  # all share it
     panels[0, 0].legend(fontsize=7)
     return figure
 
@@ -81,7 +81,9 @@ def _masks(rows: Rows, arms: list[str]) -> Figure:
     for line, arm in enumerate(arms):
         for column, network in enumerate(NETWORKS):
             panel = panels[line, column]
-            for number, found in enumerate(_scans(rows, arm, network)):
+            scans = _scans(rows, arm, network)
+            panel.set_visible(bool(scans))
+            for number, found in enumerate(scans):
                 panel.plot(range(len(found["l1"])), found["l1"], "o", markersize=3, color=f"C{number}")
                 panel.plot([found["detected"]], [min(found["l1"])], "v", markersize=8, color=f"C{number}")
             panel.set_title(f"{arm}, {network}", fontsize=8)
