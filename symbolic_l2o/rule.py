@@ -59,7 +59,7 @@ class SymbolicRule:
     def to_json(self) -> str:
         """The rule as JSON, for `from_json`."""
         names = ("features", "expr", "coefficients", "beta1", "beta2", "eps", "provenance")
-        return json.dumps({"format": FORMAT, **{name: getattr(self, name) for name in names}}, indent=1)
+        return json.dumps({"format": FORMAT, **{name: getattr(self, name) for name in names}})
 
     @classmethod
     def from_json(cls, text: str) -> "SymbolicRule":
