@@ -1,0 +1,156 @@
+"""From the method's real amounts to a plan of whole groups that meets the budget exactly."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from uvc_vit.adapter import BlockDims
+from uvc_vit.group_norms import GroupNorms, ranks
+from uvc_vit.plan import Plan
+from uvc_vit.resource import Costs
+from uvc_vit.variables import Variables
+
+
+@dataclass
+class Choice:
+    """What stays, as masks on the CPU; present groups only."""
+
+    blocks: Tensor
+    """(blocks,)"""
+    heads: Tensor
+    """(blocks, heads)"""
+    dims: Tensor
+    """(blocks, heads, dims)"""
+    neurons: Tensor
+    """(blocks, neurons)"""
+
+    def cost(self, costs: Costs) -> float:
+        """Of what stays."""
+        dims = (self.dims & self.heads[..., None]).sum((1, 2))
+        heads = (self.heads & self.dims.any(-1)).sum(-1)
+        block = costs.block + costs.head * heads + costs.dim * dims + costs.neuron * self.neurons.sum(-1)
+        return costs.embed + (self.blocks * block).sum().item()
+
+    def plan(self, sizes: tuple[BlockDims, ...]) -> Plan:
+        """As lists of indices."""
+        return Plan(
+            sizes=sizes,
+            keep_block=tuple(self.blocks.tolist()),
+            keep_head=tuple(tuple(self.heads[i, : dims.heads].tolist()) for i, dims in enumerate(sizes)),
+            keep_dim=tuple(
+                tuple(tuple(self.dims[i, head].nonzero().flatten().tolist()) for head in range(dims.heads))
+                for i, dims in enumerate(sizes)
+            ),
+            keep_mlp=tuple(tuple(row.nonzero().flatten().tolist()) for row in self.neurons),
+        )
+
+
+def rounded(now: Variables, norms: GroupNorms, skip: bool) -> Choice:
+    """The amounts rounded up, the smallest groups removed; a block stays where its gate says so or `skip` is false."""
+    s, r = now.s.ceil(), now.r.ceil()
+    gap = now.gates[:, 1] - now.gates[:, 0]
+    return Choice(
+        blocks=((gap > 0) if skip else torch.ones_like(gap, dtype=torch.bool)).cpu(),
+        heads=((ranks(norms.head) >= s[:, :1]) & norms.head.isfinite()).cpu(),
+        dims=((ranks(norms.column) >= r[..., None]) & norms.column.isfinite()).cpu(),
+        neurons=((ranks(norms.neuron) >= s[:, 1:]) & norms.neuron.isfinite()).cpu(),
+    )
+
+
+@torch.no_grad()
+def finalise(
+    now: Variables,
+    norms: GroupNorms,
+    costs: Costs,
+    sizes: tuple[BlockDims, ...],
+    budget: float,
+    *,
+    prune: bool = True,
+    skip: bool = True,
+    free: Tensor | None = None,
+) -> Plan:
+    """The plan nearest to the variables whose R is at most `budget` and within one group of it.
+
+    Blocks whose gates are open stay, and those nearest to open while they fit; then neurons with the least norm a
+    saved cost go (at least one of a block stays) until the budget is met, after them value dimensions, then heads,
+    then the blocks with the least open gates; and while the budget allows, the largest removed ones return. Without
+    `prune` only whole blocks go.
+
+    Args:
+        now: the variables.
+        norms: of the weights, relative to their layer.
+        costs: of the model, with accounting "exact" or measured.
+        sizes: of the blocks.
+        budget: share of the dense cost.
+        prune: whether groups inside blocks may go.
+        skip: whether blocks may go.
+        free: blocks that may be touched, (blocks,); None: all.
+
+    Raises:
+        ValueError: where nothing that may go suffices.
+    """
+    choice = rounded(now, norms, skip)
+    norms, costs = norms.cpu(), costs.cpu()
+    free = torch.ones(len(sizes), dtype=torch.bool) if free is None else free.cpu()
+    limit = budget * costs.dense.item()
+    gap = (now.gates[:, 1] - now.gates[:, 0]).cpu()
+
+    for block in gap.argsort(descending=True, stable=True).tolist():
+        if not choice.blocks[block]:
+            choice.blocks[block] = True
+            if choice.cost(costs) > limit:
+                choice.blocks[block] = False
+                break
+    if prune:
+        for kind in ("neurons", "dims", "heads"):
+            _remove(choice, kind, norms, costs, limit, free)
+    if skip:
+        for block in gap.argsort(stable=True).tolist():
+            if choice.cost(costs) > limit and free[block]:
+                choice.blocks[block] = False
+    if choice.cost(costs) > limit:
+        raise ValueError(f"budget must be at least {choice.cost(costs) / costs.dense.item():.4f} here, got {budget}")
+    if prune:
+        for kind in ("neurons", "dims", "heads"):
+            _restore(choice, kind, norms, costs, limit)
+    return choice.plan(sizes)
+
+
+def _groups(choice: Choice, kind: str, norms: GroupNorms, costs: Costs) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one kind of group: its mask, norms, and what each one costs where it stays in a block that stays."""
+    shape = (-1, 1, 1) if kind == "dims" else (-1, 1)
+    there = choice.blocks.view(shape)
+    if kind == "neurons":
+        return choice.neurons, norms.neuron, (there * costs.neuron.view(shape)).expand_as(norms.neuron)
+    if kind == "dims":
+        unit = there * choice.heads[..., None] * costs.dim.view(shape)
+        return choice.dims, norms.column, unit.expand_as(norms.column)
+    return choice.heads, norms.head, there * (costs.head.view(shape) + costs.dim.view(shape) * choice.dims.sum(-1))
+
+
+def _remove(choice: Choice, kind: str, norms: GroupNorms, costs: Costs, limit: float, free: Tensor) -> None:
+    """Remove groups of a kind, the least norm a saved cost first, until the cost is at most `limit`."""
+    excess = choice.cost(costs) - limit
+    if excess <= 0:
+        return
+    mask, norm, saves = _groups(choice, kind, norms, costs)
+    largest = torch.where(mask, norm, -1).argmax(-1, keepdim=True)  # stays, so that a block or head keeps one
+    may_go = (mask & (saves > 0) & free.view(-1, *[1] * (mask.dim() - 1))).scatter(-1, largest, False)
+    candidates = may_go.flatten().nonzero().flatten()
+    saves, norm = saves.flatten()[candidates], norm.flatten()[candidates]
+    order = (norm / saves).argsort(stable=True)
+    needed = int((saves[order].cumsum(0) < excess).sum()) + 1
+    mask.view(-1)[candidates[order[:needed]]] = False
+
+
+def _restore(choice: Choice, kind: str, norms: GroupNorms, costs: Costs, limit: float) -> None:
+    """Bring removed groups of a kind back, the largest norm first, as long as the cost stays at most `limit`."""
+    room = limit - choice.cost(costs)
+    mask, norm, saves = _groups(choice, kind, norms, costs)
+    candidates = (~mask & norm.isfinite() & (saves > 0) & (saves <= room)).flatten().nonzero().flatten()
+    order = candidates[norm.flatten()[candidates].argsort(descending=True, stable=True)]
+    for group, cost in zip(order.tolist(), saves.flatten()[order].tolist(), strict=True):
+        if cost <= room:
+            mask.view(-1)[group] = True
+            room -= cost

@@ -1,0 +1,111 @@
+"""Facts about the study: its rows, claims and report, and that it does no work twice and loses none when killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from common.config import parse
+from common.study import scale_arguments
+from common.tests.paper_checks import (
+    check_a_killed_study_goes_on,
+    check_a_second_call_runs_nothing,
+    check_report,
+    check_study_refuses,
+    rows,
+    study_options,
+)
+from uvc_vit.adapter import BlockDims
+from uvc_vit.audit import log_error, skipped_share
+from uvc_vit.claims import CLAIMS, overshoot
+from uvc_vit.plan import Plan
+from uvc_vit.reproduce import HERE, arm_config, reproduce
+from uvc_vit.settings import STUDY_ARMS, Config
+
+PAIRS = [("start", 1.0), ("uvc", 0.5), ("skip-only", 0.5), ("magnitude", 0.5)]
+PAIRS += [("uvc", 0.7), ("dense", 0.7), ("released", 0.7)]
+
+
+class Study(NamedTuple):
+    place: Path
+    status: int
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    place = tmp_path_factory.mktemp("study")
+    return Study(place, reproduce(study_options(place)))
+
+
+def test_the_study_has_one_row_for_every_arm_and_budget_at_every_seed(study: Study) -> None:
+    assert study.status == 0
+    found = [(row["seed"], row["cell"]["arm"], row["cell"]["budget"]) for row in rows(study.place)]
+    assert found == [(seed, *pair) for seed in (0, 1) for pair in PAIRS]
+
+
+def test_arms_of_groups_meet_the_budget_and_arms_of_blocks_get_at_least_as_much(study: Study) -> None:
+    for row in rows(study.place):
+        arm, budget, share = row["cell"]["arm"], row["cell"]["budget"], row["metrics"]["share"]
+        if arm in ("uvc", "magnitude"):
+            assert budget - 0.02 < share <= budget
+        if arm == "skip-only":
+            assert budget <= share < budget + 1 / 3
+            assert row["metrics"]["skipped_share"] == 1
+    assert max(overshoot(rows(study.place))) < 0.02
+
+
+def test_the_report_is_whole_and_judges_every_claim(study: Study) -> None:
+    check_report(study.place, CLAIMS, ("accuracy", "plans"))
+
+
+def test_a_finished_study_is_not_run_again(study: Study) -> None:
+    check_a_second_call_runs_nothing(reproduce, study.place, [])
+
+
+def test_a_killed_study_goes_on(tmp_path: Path) -> None:
+    few = ["--study.wide_arms", "[]", "--study.arms", "[magnitude]"]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    assert reproduce([*study_options(tmp_path / "whole"), *few]) == 0
+    check_a_killed_study_goes_on("uvc_vit", reproduce, tmp_path / "killed", few, rows(tmp_path / "whole"))
+
+
+def test_wrong_options_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for wrong, message in (
+        (["--study.arms", "[uvc, magic]"], "study.arms must be some of uvc"),
+        (["--study.budget", "0"], r"study.budget must be in \(0, 1\], got 0"),
+        (["--scale", "huge"], "--scale must be one of"),
+    ):
+        check_study_refuses(reproduce, tmp_path, wrong, message)
+
+
+@pytest.mark.parametrize("name", STUDY_ARMS)
+def test_an_arm_differs_from_the_full_method_only_in_its_own_setting(name: str) -> None:
+    config = parse(Config, scale_arguments(HERE / "configs", ["--scale", "smoke"]), prog="reproduce")
+    expected: dict[str, Any] = {
+        "prune-only": {"skip": False},
+        "skip-only": {"prune": False},
+        "released": {"mode": "released", "accounting": "released"},
+    }.get(name, {})
+    found = arm_config(config, name, 0.4)
+    differing = {key: value for key, value in vars(found.method).items() if value != vars(config.method)[key]}
+    assert differing == {"budget": 0.4, **expected}
+    kd = {"no-kd": ("none", "batchmean"), "kd-numel": ("soft", "numel")}.get(name, ("soft", "batchmean"))
+    assert (found.kd.kind, found.kd.reduction) == kd
+    arms = ("dense", "magnitude", "random", "gradient", "drop-last")
+    assert found.arm == (name if name in arms else "uvc")
+    assert (found.train, found.search, found.seed) == (config.train, config.search, config.seed)
+
+
+def test_the_authors_log_is_that_of_skipped_blocks() -> None:
+    assert log_error() < 1e-5
+
+
+def test_the_share_that_skipped_blocks_save_is_counted() -> None:
+    sizes = (BlockDims(8, 4, (4, 4), 16),) * 2
+    full = Plan.full(sizes)
+    assert skipped_share(full, 5, 100) == 0
+    half = Plan(sizes, (True, False), full.keep_head, full.keep_dim, (tuple(range(8)), tuple(range(16))))
+    assert skipped_share(half, 5, 100) == pytest.approx(2960 / (2960 + 640))  # 8 of 16 neurons: 2 * 5 * 8 * 8

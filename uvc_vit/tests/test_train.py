@@ -1,0 +1,182 @@
+"""Facts about a run: its arms, exact resumption, two ranks, and what bad input is told."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.config import ConfigError, parse
+from common.runs import NonFiniteError, load_checkpoint, read_json
+from common.tests import children
+from common.tests.paper_checks import (
+    check_eval_refuses,
+    copied,
+    kill_after_a_checkpoint,
+    losses,
+    quiet,
+    refusal,
+    said,
+    slow,
+)
+from uvc_vit import eval as evaluation
+from uvc_vit import train as training
+from uvc_vit.plan import Plan
+from uvc_vit.settings import Config
+from uvc_vit.train import train
+
+SCRIPT = Path(training.__file__)
+CONFIGS = SCRIPT.parent / "configs"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["__main__", "uvc_vit.eval", "torch.utils.tensorboard"])
+ARMS = ("dense", "uvc", "magnitude", "random", "gradient", "drop-last")
+
+
+def arguments(*options: object) -> list[str]:
+    return ["--config", str(CONFIGS / "smoke.yaml"), *map(str, options)]
+
+
+def config(*options: object) -> Config:
+    return parse(Config, arguments(*options), prog="train.py")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(config(), folder, quiet)
+    return folder
+
+
+# What a run is
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_ends_within_the_budget_by_torchs_count(arm: str, tmp_path: Path) -> None:
+    train(config("--arm", arm, "--method.budget", 0.6), tmp_path / "run", quiet)
+    metrics = evaluation.evaluate(tmp_path / "run")
+    assert metrics["macs"] == metrics["counted_macs"]
+    assert metrics["share"] == 1 if arm == "dense" else metrics["share"] <= 0.6
+    assert arm in ("dense", "drop-last") or metrics["share"] > 0.58
+    assert (metrics["parameter_share"] < 1) == (arm != "dense")
+    assert len(losses(tmp_path / "run")) == 2 - (arm == "dense")
+
+
+@pytest.mark.parametrize(("name", "left"), [("prune", 3), ("skip", None)])
+def test_an_ablation_moves_only_its_own_variables(name: str, left: int | None, tmp_path: Path) -> None:
+    other = {"prune": "skip", "skip": "prune"}[name]
+    train(config(f"--method.{other}", "false", "--method.budget", 0.7), tmp_path / "run", quiet)
+    metrics = evaluation.evaluate(tmp_path / "run")
+    if left:
+        assert metrics["blocks"] == left and min(metrics["neurons"]) < 1
+    else:
+        assert set(metrics["neurons"]) == {0.0, 1.0} and metrics["share"] <= 0.7
+
+
+def test_the_released_mode_runs_to_its_end(tmp_path: Path) -> None:
+    options = ("--method.mode", "released", "--method.accounting", "released", "--method.warmup_steps", 1)
+    train(config(*options), tmp_path / "run", quiet)
+    assert evaluation.evaluate(tmp_path / "run")["macs"] > 0
+
+
+def test_a_run_starts_from_the_weights_it_is_given(tmp_path: Path) -> None:
+    train(config("--arm", "dense"), tmp_path / "dense", quiet)
+    weights = tmp_path / "dense" / "model.pt"
+    train(config("--arm", "drop-last", "--model.weights", weights, "--method.budget", 0.8), tmp_path / "run", quiet)
+    dense, before = (load_checkpoint(path)["model"] for path in (weights, tmp_path / "run" / "before.pt"))
+    assert len(before) < len(dense) and all(torch.equal(value, dense[key]) for key, value in before.items())
+    assert read_json(tmp_path / "run" / "done.json")["blocks"] == 2
+
+
+def test_a_second_run_of_the_same_configuration_is_the_same(finished: Path, tmp_path: Path) -> None:
+    train(config(), tmp_path / "run", quiet)
+    for name in ("model.pt", "before.pt", "plan.json", "metrics.jsonl", "done.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+    train(config("--seed", 1), tmp_path / "other", quiet)
+    assert losses(tmp_path / "other") != losses(finished)
+
+
+# Disturbed
+
+
+def started(folder: Path) -> Any:
+    process = FORKS.Process(target=train, args=(config("--run.checkpoint_every", 1), folder, slow))
+    process.start()
+    return process
+
+
+def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    kill_after_a_checkpoint(started, run, times=4)  # 5 steps of each stage
+    train(config("--run.checkpoint_every", 1), run, quiet)
+    for name in ("model.pt", "before.pt", "plan.json", "metrics.jsonl", "done.json"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_two_ranks_make_the_plan_of_one_process(finished: Path, tmp_path: Path) -> None:
+    done = children.run(*children.TORCHRUN, SCRIPT, *arguments("--run.folder", tmp_path / "run"))  # [23]
+    assert done.returncode == 0, done.stderr
+    plans = [Plan.from_json((folder / "plan.json").read_text()) for folder in (tmp_path / "run", finished)]
+    assert plans[0].sha256() == plans[1].sha256()
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-4)
+    multipliers = []  # depend on the gates, hence on the loss's gradient over both ranks
+    for folder in (tmp_path / "run", finished):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        multipliers.append([line["z"] for line in lines if "z" in line])
+    assert multipliers[0] == pytest.approx(multipliers[1], rel=1e-4) and max(multipliers[0]) > 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_its_step(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"(loss is nan|weights are not finite) at step \d"):
+        train(config("--search.lr", 1e30), tmp_path / "run", quiet)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method.budget", 0), "method.budget must be in (0, 1], got 0.0"),
+        (("--method.budget", 0.01), "method: budget must be at least 0.2355 for this model, got 0.01"),
+        (("--method.protect_blocks", "[5]"), "method: protect_blocks must be below 3, got 5"),
+        (("--arm", "magic"), "arm must be"),
+        (("--search.epochs", 0), "search.epochs must be positive for arm uvc, got 0"),
+        (("--train.ema", 0.9), "train.ema must be 0 here, got 0.9"),
+        (("--method.budgte", 0.5), "unknown key 'method.budgte'; did you mean 'method.budget'?"),
+        (("--model.weights", "no.pt"), "no.pt: no such checkpoint"),
+        (("--model.name", "swin_tiny_patch4_window7_224"), "model.name"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    options: tuple[object, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(training.main, arguments("--run.folder", tmp_path / "run", *options), capsys)
+    assert message in line
+
+
+def test_the_commands_say_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = said(training.main, arguments("--run.folder", tmp_path / "run", "--arm", "magnitude"), capsys)
+    assert status is None and "parameters in 3 blocks" in out
+    status, out, _ = said(evaluation.main, ["--folder", tmp_path / "run"], capsys)
+    assert status is None and "of the multiply-adds (exact, budget 50%)" in out
+
+
+def test_eval_refuses_runs_that_are_not_whole(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_eval_refuses(evaluation.main, copied(finished, tmp_path / "run"), "model.pt", capsys)
+    for content, message in (("{", "damaged (not a plan"), ('{"sizes": []}', "damaged (not a plan")):
+        run = copied(finished, tmp_path / f"plan{len(content)}")
+        (run / "plan.json").write_text(content)
+        assert message in refusal(evaluation.main, ["--folder", run], capsys)
+
+
+def test_configurations_are_readable() -> None:
+    for path in CONFIGS.glob("*.yaml"):
+        assert parse(Config, ["--config", str(path)], prog="train.py")
+    with pytest.raises(ConfigError):
+        config("--method.mode", "released")
