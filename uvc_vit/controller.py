@@ -121,10 +121,10 @@ class UVCController:
         if not task_grad.isfinite().all():
             raise FloatingPointError(f"the gates' gradient is not finite at step {self.steps}")
         norms = self._norms()
-        scaled = norms if released else self.relative(norms)
-        column, neuron = shrinkage(scaled, now.s, now.r, now.y, now.p, w_lr if released else config.eta_p)
+        column, neuron = shrinkage(norms, now.s, now.r, now.y, now.p, w_lr if released else config.eta_p)
         divide_columns(self.adapter, column, neuron)
-        scaled = scaled.scaled(1 / column, 1 / neuron)
+        norms = norms.scaled(1 / column, 1 / neuron)
+        scaled = norms if released else self.relative(norms)
         self.steps += 1
         if self.steps <= config.warmup_steps:
             self.gates.warm_up = self.steps < config.warmup_steps

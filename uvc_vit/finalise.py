@@ -72,7 +72,8 @@ def finalise(
 ) -> Plan:
     """The plan nearest to the variables whose R is at most `budget` and within one group of it.
 
-    Blocks whose gates are open stay, and those nearest to open while they fit; then neurons with the least norm a
+    Blocks whose gates are open stay, and those nearest to open while they fit, one more where even all groups of the
+    others do not use the budget up; then neurons with the least norm a
     saved cost go (at least one of a block stays) until the budget is met, after them value dimensions, then heads,
     then the blocks with the least open gates; and while the budget allows, the largest removed ones return. Without
     `prune` only whole blocks go.
@@ -100,7 +101,7 @@ def finalise(
         if not choice.blocks[block]:
             choice.blocks[block] = True
             if choice.cost(costs) > limit:
-                choice.blocks[block] = False
+                choice.blocks[block] = prune and _unpruned(choice, norms, block).cost(costs) <= limit
                 break
     if prune:
         for kind in ("neurons", "dims", "heads"):
@@ -115,6 +116,13 @@ def finalise(
         for kind in ("neurons", "dims", "heads"):
             _restore(choice, kind, norms, costs, limit)
     return choice.plan(sizes)
+
+
+def _unpruned(choice: Choice, norms: GroupNorms, without: int) -> Choice:
+    """The choice with every group of its blocks back, but for one block."""
+    blocks = choice.blocks.clone()
+    blocks[without] = False
+    return Choice(blocks, norms.head.isfinite(), norms.column.isfinite(), norms.neuron.isfinite())
 
 
 def _groups(choice: Choice, kind: str, norms: GroupNorms, costs: Costs) -> tuple[Tensor, Tensor, Tensor]:

@@ -64,12 +64,8 @@ def test_a_finished_study_is_not_run_again(study: Study) -> None:
     check_a_second_call_runs_nothing(reproduce, study.place, [])
 
 
-def test_a_killed_study_goes_on(tmp_path: Path) -> None:
-    few = ["--study.wide_arms", "[]", "--study.arms", "[magnitude]"]
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    assert reproduce([*study_options(tmp_path / "whole"), *few]) == 0
-    check_a_killed_study_goes_on("uvc_vit", reproduce, tmp_path / "killed", few, rows(tmp_path / "whole"))
+def test_a_killed_study_goes_on(study: Study, tmp_path: Path) -> None:
+    check_a_killed_study_goes_on("uvc_vit", reproduce, tmp_path, [], rows(study.place))
 
 
 def test_wrong_options_are_refused_before_anything_is_written(tmp_path: Path) -> None:

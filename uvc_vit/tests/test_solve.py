@@ -180,6 +180,16 @@ def test_a_skipped_block_that_fits_returns() -> None:
     assert trial.plan().keep_block == (True, False, True, False)
 
 
+@pytest.mark.parametrize("closed", [2, 3])
+def test_where_gates_close_too_much_a_block_returns_and_is_pruned_to_fit(closed: int) -> None:
+    trial = Trial(0.7)
+    trial.now.gates[:closed, 1] = torch.tensor([-1.5, -1.4, -1.6])[:closed]
+    plan = trial.plan()
+    neuron = (trial.costs.neuron / trial.costs.dense).max().item()
+    assert 0.7 - neuron < trial.share(plan) <= 0.7
+    assert plan.keep_block == ((False, True, True, True) if closed == 2 else (True, True, False, True))
+
+
 def test_a_budget_of_one_changes_nothing() -> None:
     trial = Trial(1.0)  # [25]
     assert trial.plan() == Plan.full(trial.adapter.dims)
