@@ -25,7 +25,6 @@ from common.tests.paper_checks import (
 )
 from uvc_vit import eval as evaluation
 from uvc_vit import train as training
-from uvc_vit.plan import Plan
 from uvc_vit.settings import Config
 from uvc_vit.train import train
 
@@ -116,17 +115,19 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(finished: Path,
         assert (run / name).read_bytes() == (finished / name).read_bytes(), name
 
 
-def test_two_ranks_make_the_plan_of_one_process(finished: Path, tmp_path: Path) -> None:
-    done = children.run(*children.TORCHRUN, SCRIPT, *arguments("--run.folder", tmp_path / "run"))  # [23]
+def test_two_ranks_make_the_plan_of_one_process(tmp_path: Path) -> None:
+    options = ("--method.task_weight", 100)  # [23] the gates then follow the loss, whose gradient is of both ranks
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(config(*options), one, quiet)
+    done = children.run(*children.TORCHRUN, SCRIPT, *arguments(*options, "--run.folder", two))
     assert done.returncode == 0, done.stderr
-    plans = [Plan.from_json((folder / "plan.json").read_text()) for folder in (tmp_path / "run", finished)]
-    assert plans[0].sha256() == plans[1].sha256()
-    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-4)
-    multipliers = []  # depend on the gates, hence on the loss's gradient over both ranks
-    for folder in (tmp_path / "run", finished):
+    assert (one / "plan.json").read_bytes() == (two / "plan.json").read_bytes()
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    multipliers = []
+    for folder in (one, two):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         multipliers.append([line["z"] for line in lines if "z" in line])
-    assert multipliers[0] == pytest.approx(multipliers[1], rel=1e-4) and max(multipliers[0]) > 0
+    assert multipliers[1] == pytest.approx(multipliers[0], rel=2e-5) and max(multipliers[0]) > 0
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_its_step(tmp_path: Path) -> None:
