@@ -5,7 +5,6 @@ L long stream, T sparsity and replay. Arms of one seed share initial weights, st
 differences are paired.
 """
 
-from collections.abc import Callable, Mapping
 from statistics import mean
 from typing import Any
 
@@ -15,38 +14,22 @@ from scipy import stats
 from app_progressive.schedules import density_schedule
 from app_progressive.settings import Config
 from app_progressive.threshold import pruned_count
-from common.claims import Claim, Rows
+from common.claims import Claim, Measure, Metrics, Number, Rows, by_seed, difference, each
 
-Metrics = Mapping[str, Any]
-Value = Callable[[Metrics], float]
-Measure = Callable[[Rows], list[float]]
 PRIMARY = ("C1", "C2a", "C2b", "C3a", "C3b", "C3c", "C4a", "C4b")  # judged together by Holm's procedure
 WINDOW = 5  # states over which a gap is averaged
 FEW_SHOT = "ResNet-50, few-shot Restricted ImageNet (540 shots)"
 PLOTS = "plots only, ResNet/VGG on CIFAR-10/100; no numbers available"
 
 
-def by_seed(rows: Rows, part: str, arm: str) -> dict[int, Metrics]:
-    """Metrics of an arm by seed. Raises KeyError without any."""
-    found = {r["seed"]: r["metrics"] for r in rows if (r["cell"]["part"], r["cell"]["arm"]) == (part, arm)}
-    if not found:
-        raise KeyError(f"no row of {arm} in part {part}")
-    return found
+def of(part: str, arm: str) -> dict[str, str]:
+    """What the cells of an arm in a part of the study hold."""
+    return {"part": part, "arm": arm}
 
 
-def paired(part: str, one: str, other: str, value: Value) -> Measure:
-    """Per seed of both arms: value of `one` minus value of `other`."""
-
-    def measure(rows: Rows) -> list[float]:
-        first, second = by_seed(rows, part, one), by_seed(rows, part, other)
-        return [value(first[seed]) - value(second[seed]) for seed in sorted(first.keys() & second.keys())]
-
-    return measure
-
-
-def each(part: str, arm: str, value: Value) -> Measure:
-    """Per seed: value of the arm."""
-    return lambda rows: [value(metrics) for _, metrics in sorted(by_seed(rows, part, arm).items())]
+def paired(part: str, one: str, other: str, number: Number) -> Measure:
+    """Per seed of both arms: a number of `one` minus that of `other`."""
+    return difference(of(part, one), of(part, other), number)
 
 
 def final_acc(metrics: Metrics) -> float:
@@ -64,7 +47,7 @@ def clean_gap(metrics: Metrics) -> float:
     return float(metrics["clean_gap"])
 
 
-def late(name: str) -> Value:
+def late(name: str) -> Number:
     """Mean of a metric over the states t > S/2."""
     return lambda metrics: mean(metrics[name][len(metrics[name]) // 2 :])
 
@@ -89,7 +72,7 @@ def transition(arm: str, side: int) -> Measure:
     """
 
     def measure(rows: Rows) -> list[float]:
-        curves = {s: smooth(metrics["test_gap_last"]) for s, metrics in by_seed(rows, "L", arm).items()}
+        curves = {s: smooth(metrics["test_gap_last"]) for s, metrics in by_seed(rows, of("L", arm)).items()}
         if len(curves) < 2 or len(next(iter(curves.values()))) < 3:
             raise KeyError("too few seeds or states")
         found = []
@@ -109,12 +92,12 @@ def exact(config: Config, arm: str) -> Measure:
         wanted = total - pruned_count(density_schedule(1, config.prune.tau, config.prune.base)[0], total)
         return float(metrics["nonzero"] == wanted)
 
-    return each("F", arm, right)
+    return each(of("F", arm), right)
 
 
 def layers_apart(rows: Rows) -> list[float]:
     """C6, per seed: L1 distance of layer densities, SNIP to magnitude, minus SNIP's mean distance among seeds."""
-    snip, mag = by_seed(rows, "F", "app"), by_seed(rows, "F", "app-mag")
+    snip, mag = by_seed(rows, of("F", "app")), by_seed(rows, of("F", "app-mag"))
     vectors = {seed: np.array(list(metrics["per_layer"].values())) for seed, metrics in snip.items()}
     if len(vectors) < 2:
         raise KeyError("too few seeds")
@@ -131,8 +114,8 @@ def replay_cost(config: Config) -> Measure:
 
     def measure(rows: Rows) -> list[float]:
         full, none = (
-            by_seed(rows, "T", f"app@{config.prune.tau:g}"),
-            by_seed(rows, "T", f"app@{config.prune.tau:g}/none"),
+            by_seed(rows, of("T", f"app@{config.prune.tau:g}")),
+            by_seed(rows, of("T", f"app@{config.prune.tau:g}/none")),
         )
         states = len(next(iter(full.values()))["errors"])
         ratio = [full[seed]["macs_dense"] / none[seed]["macs_dense"] for seed in sorted(full.keys() & none.keys())]
@@ -324,7 +307,7 @@ def claims(config: Config) -> list[Claim]:
             statement="The released code trains far sparser than it says: effective over nominal density, state 4 on",
             source="no claim of the paper; the released code",
             paper="36.6 % nominal, 2.4 % effective (ResNet-20s, S = 8; computed from the released functions)",
-            measure=each("L", "released", collapse),
+            measure=each(of("L", "released"), collapse),
             threshold=0.5,
             direction="below",
             interval="worst",

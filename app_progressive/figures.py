@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from app_progressive.claims import PRIMARY, by_seed, holm, smooth
-from common.claims import Claim, Rows, judge
+from app_progressive.claims import PRIMARY, holm, of, smooth
+from common.claims import Claim, Rows, by_seed, judge
 
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
 CURVES = {"test_acc": "test accuracy, %", "gap_last": "train - val, last epoch, points", "density": "effective density"}
@@ -36,7 +36,7 @@ def _curves(rows: Rows, part: str, arms: list[str], curves: dict[str, str]) -> F
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for panel, (name, title) in zip(figure.subplots(1, 3), curves.items(), strict=True):
         for arm, colour in zip(arms, COLOURS, strict=False):
-            mean = np.mean([metrics[name] for metrics in by_seed(rows, part, arm).values()], axis=0)
+            mean = np.mean([metrics[name] for metrics in by_seed(rows, of(part, arm)).values()], axis=0)
             if name == "test_gap_last":
                 mean = smooth(list(mean))
             panel.plot(range(1, len(mean) + 1), mean, f"{colour}-", label=arm)
@@ -52,7 +52,7 @@ def _layers(rows: Rows) -> Figure:
     panel = figure.subplots()
     for arm in ("app", "app-mag", "app-random", "osp", "released"):
         if arm in _arms(rows, "F"):
-            found = [list(metrics["per_layer"].values()) for metrics in by_seed(rows, "F", arm).values()]
+            found = [list(metrics["per_layer"].values()) for metrics in by_seed(rows, of("F", arm)).values()]
             panel.plot(range(1, len(found[0]) + 1), np.mean(found, axis=0), "o-", label=arm)
     panel.set(xlabel="convolution", ylabel="density after the last state", ylim=(0, None))
     panel.legend(fontsize=7)

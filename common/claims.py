@@ -26,6 +26,10 @@ from common.runs import environment, read_json, write_atomically, write_json
 from common.study import StudyResult
 
 Rows = Sequence[Mapping[str, Any]]
+Metrics = Mapping[str, Any]
+Number = Callable[[Metrics], float]
+Measure = Callable[[Rows], list[float]]
+Arm = str | Mapping[str, Any]
 Draw = Callable[[Rows], Mapping[str, Figure]]
 Verdict = Literal["held", "not held", "inconclusive"]
 
@@ -103,6 +107,34 @@ def verdict(claim: Claim, values: Sequence[float]) -> Verdict:
     else:
         holds, fails = low > edge and estimate >= claim.at_least, high <= edge or high < claim.at_least
     return "held" if holds else "not held" if fails else "inconclusive"
+
+
+def by_seed(rows: Rows, arm: Arm) -> dict[int, Metrics]:
+    """Metrics by seed of the rows of an arm: its name, or what its cells hold. Raises KeyError where there is none."""
+    wanted = {"arm": arm} if isinstance(arm, str) else arm
+    found = {
+        row["seed"]: row["metrics"]
+        for row in rows
+        if all(key in row["cell"] and row["cell"][key] == value for key, value in wanted.items())
+    }
+    if not found:
+        raise KeyError(f"no rows of {arm}")
+    return found
+
+
+def each(arm: Arm, number: Number) -> Measure:
+    """A measure: per seed, a number of one arm."""
+    return lambda rows: [number(metrics) for metrics in by_seed(rows, arm).values()]
+
+
+def difference(arm: Arm, reference: Arm, number: Number) -> Measure:
+    """A measure: per seed that has both, a number of `arm` minus that of `reference`."""
+
+    def measure(rows: Rows) -> list[float]:
+        ours, theirs = by_seed(rows, arm), by_seed(rows, reference)
+        return [number(ours[seed]) - number(theirs[seed]) for seed in ours if seed in theirs]
+
+    return measure
 
 
 def judge(claims: Sequence[Claim], rows: Rows) -> list[dict[str, Any]]:

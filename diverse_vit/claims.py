@@ -4,49 +4,22 @@ A row is one network: cell {arm, its objective}, seed, metrics. Arms of one seed
 augmentation, so differences are paired.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from statistics import mean
-from typing import Any
 
 from scipy import stats
 
-from common.claims import Claim, Rows
+from common.claims import Claim, Metrics, Rows, by_seed, difference, each
 
-Metrics = Mapping[str, Any]
-Number = Callable[[Metrics], float]
-Measure = Callable[[Rows], list[float]]
 SINGLE = {"embedding": "the embedding level", "attention": "the attention level", "weight": "the weight level"}
-
-
-def of_arm(rows: Rows, arm: str) -> dict[int, Metrics]:
-    """Metrics of one arm by seed. Raises KeyError where there is none."""
-    found = {row["seed"]: row["metrics"] for row in rows if row["cell"]["arm"] == arm}
-    if not found:
-        raise KeyError(f"no rows of {arm}")
-    return found
-
-
-def each(arm: str, number: Number) -> Measure:
-    """Per seed: a number of one arm."""
-    return lambda rows: [number(metrics) for metrics in of_arm(rows, arm).values()]
-
-
-def difference(arm: str, reference: str, number: Number) -> Measure:
-    """Per seed that has both: a number of `arm` minus that of `reference`."""
-
-    def measure(rows: Rows) -> list[float]:
-        ours, theirs = of_arm(rows, arm), of_arm(rows, reference)
-        return [number(ours[seed]) - number(theirs[seed]) for seed in ours if seed in theirs]
-
-    return measure
 
 
 def over_the_best_single(rows: Rows) -> list[float]:
     """Per seed: accuracy of all levels together minus that of the best level alone. KeyError if one is missing."""
-    singles = [of_arm(rows, arm) for arm in SINGLE]
+    singles = [by_seed(rows, arm) for arm in SINGLE]
     return [
         accuracy(metrics) - max(accuracy(single[seed]) for single in singles)
-        for seed, metrics in of_arm(rows, "all").items()
+        for seed, metrics in by_seed(rows, "all").items()
         if all(seed in single for single in singles)
     ]
 

@@ -5,41 +5,34 @@ noise, so that differences are paired. Distances (`fd`, of fd_classifier) are co
 """
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
-from common.claims import Claim, Rows
+from common.claims import Arm, Claim, Measure, Metrics, Rows, by_seed, each
 
-Metrics = Mapping[str, Any]
-Arm = tuple[str, float, float]
 DENSITY_D = 0.3
 LADDER = (0.05, 0.1, 0.2)  # densities of the generator
 
 
-def of_arm(rows: Rows, arm: Arm) -> dict[int, Metrics]:
-    """Metrics of one arm by seed. Raises KeyError where there is none."""
-    cell = dict(zip(("arm", "density_g", "density_d"), arm, strict=True))
-    found = {row["seed"]: row["metrics"] for row in rows if row["cell"] == cell}
-    if not found:
-        raise KeyError(f"no rows of {arm}")
-    return found
+def arm(name: str, density_g: float, density_d: float = DENSITY_D) -> dict[str, Any]:
+    """What the cells of an arm hold."""
+    return {"arm": name, "density_g": density_g, "density_d": density_d}
 
 
-def gain(arm: Arm, reference: Arm) -> Callable[[Rows], list[float]]:
+def gain(arm: Arm, reference: Arm) -> Measure:
     """Per seed that has both: ln fd(reference) - ln fd(arm), above 0 where `arm` is better."""
 
     def measure(rows: Rows) -> list[float]:
-        ours, theirs = of_arm(rows, arm), of_arm(rows, reference)
+        ours, theirs = by_seed(rows, arm), by_seed(rows, reference)
         return [math.log(theirs[seed]["fd"] / ours[seed]["fd"]) for seed in ours if seed in theirs]
 
     return measure
 
 
-def best_gain(arm: Arm, references: list[Arm]) -> Callable[[Rows], list[float]]:
+def best_gain(arm: Arm, references: list[dict[str, Any]]) -> Measure:
     """Per seed: `gain` over the best of those references that have rows."""
 
     def measure(rows: Rows) -> list[float]:
-        present = [r for r in references if any(row["cell"]["arm"] == r[0] for row in rows)]
+        present = [r for r in references if any(row["cell"]["arm"] == r["arm"] for row in rows)]
         if not present:
             raise KeyError("no rows of a reference")
         return [min(gains) for gains in zip(*(gain(arm, reference)(rows) for reference in present), strict=True)]
@@ -47,14 +40,9 @@ def best_gain(arm: Arm, references: list[Arm]) -> Callable[[Rows], list[float]]:
     return measure
 
 
-def each(arm: Arm, number: Callable[[Metrics], float]) -> Callable[[Rows], list[float]]:
-    """Per seed: a number of one arm."""
-    return lambda rows: [number(metrics) for metrics in of_arm(rows, arm).values()]
-
-
-def stu(density: float) -> Arm:
+def stu(density: float) -> dict[str, Any]:
     """STU-GAN at a density of the generator."""
-    return "stu", density, DENSITY_D
+    return arm("stu", density)
 
 
 def average_gain(metrics: Metrics) -> float:
@@ -68,13 +56,13 @@ def excess_flops(metrics: Metrics) -> float:
     return share - (metrics["density_g"] + metrics["density_d"]) / 2
 
 
-DENSE: Arm = ("dense", 1.0, 1.0)
-POST_HOC: list[Arm] = [
-    *((f"oneshot-{scope}-g", 0.2, 0.3) for scope in ("global", "uniform")),
-    *((f"oneshot-{scope}-both", 0.2, 0.3) for scope in ("global", "uniform")),
-    ("gmp", 0.2, 0.3),
-    ("snip", 0.2, 0.3),
-    ("imp", 0.2, 0.3),
+DENSE = arm("dense", 1.0, 1.0)
+POST_HOC = [
+    *(arm(f"oneshot-{scope}-g", 0.2) for scope in ("global", "uniform")),
+    *(arm(f"oneshot-{scope}-both", 0.2) for scope in ("global", "uniform")),
+    arm("gmp", 0.2),
+    arm("snip", 0.2),
+    arm("imp", 0.2),
 ]
 
 CLAIMS = [
@@ -84,7 +72,7 @@ CLAIMS = [
             statement=f"STU-GAN beats static sparse training at generator density {density} (ln fd ratio)",
             source="abstract",
             paper="better FID, the more so the sparser: largest at 90-95 % sparsity, BigGAN, CIFAR-10 (recalled)",
-            measure=gain(stu(density), ("static", density, DENSITY_D)),
+            measure=gain(stu(density), arm("static", density)),
             unit="ln fd",
         )
         for letter, density in zip("abc", LADDER, strict=True)
@@ -97,8 +85,8 @@ CLAIMS = [
         measure=lambda rows: [
             sparser - denser
             for sparser, denser in zip(
-                gain(stu(0.05), ("static", 0.05, DENSITY_D))(rows),
-                gain(stu(0.1), ("static", 0.1, DENSITY_D))(rows),
+                gain(stu(0.05), arm("static", 0.05))(rows),
+                gain(stu(0.1), arm("static", 0.1))(rows),
                 strict=True,
             )
         ],
@@ -126,7 +114,7 @@ CLAIMS = [
         statement="A dense D outruns a sparse G: static training at d_G 0.05 is worse with d_D 1 than with 0.3",
         source="Sec. 3",
         paper="unbalanced GANs degrade or collapse, BigGAN, CIFAR-10 (no number at hand)",
-        measure=gain(("static", 0.05, DENSITY_D), ("static", 0.05, 1.0)),
+        measure=gain(arm("static", 0.05), arm("static", 0.05, 1.0)),
         unit="ln fd",
     ),
     Claim(
@@ -173,7 +161,7 @@ CLAIMS = [
         statement="Exploring D too, with random growth, is no worse than a static D (ln fd ratio, within 5 %)",
         source="ablation",
         paper="at least as good (no number at hand)",
-        measure=gain(("both", 0.05, DENSITY_D), stu(0.05)),
+        measure=gain(arm("both", 0.05), stu(0.05)),
         threshold=-math.log(1.05),
         unit="ln fd",
     ),
@@ -182,7 +170,7 @@ CLAIMS = [
         statement="Exploring only D does not help a sparse G: STU-GAN beats it at d_G 0.05 (ln fd ratio)",
         source="ablation",
         paper="no help (no number at hand)",
-        measure=gain(stu(0.05), ("only-d", 0.05, DENSITY_D)),
+        measure=gain(stu(0.05), arm("only-d", 0.05)),
         unit="ln fd",
     ),
     Claim(
@@ -200,7 +188,7 @@ CLAIMS = [
         statement="Growing where the gradient is largest beats growing at random (SET) at d_G 0.05 (ln fd ratio)",
         source="ablation",
         paper="no number at hand",
-        measure=gain(stu(0.05), ("set", 0.05, DENSITY_D)),
+        measure=gain(stu(0.05), arm("set", 0.05)),
         unit="ln fd",
     ),
 ]

@@ -5,39 +5,22 @@ are paired. Budgets are shares of exact multiply-adds; arms of whole blocks get 
 much.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-from common.claims import Claim, Rows
+from common.claims import Claim, Measure, Rows, by_seed, difference, each
 from uvc_vit.audit import log_error
 
-Metrics = Mapping[str, Any]
-Measure = Callable[[Rows], list[float]]
 TIGHT, WIDE = 0.25, 0.5  # budgets of the claims
 
 
-def of_arm(rows: Rows, arm: str, budget: float) -> dict[int, Metrics]:
-    """Metrics of one arm at one budget by seed. Raises KeyError where there is none."""
-    wanted = {"arm": arm, "budget": budget}
-    found = {row["seed"]: row["metrics"] for row in rows if row["cell"] == wanted}
-    if not found:
-        raise KeyError(f"no rows of {arm} at {budget}")
-    return found
-
-
-def each(arm: str, budget: float, number: Callable[[Metrics], float]) -> Measure:
-    """Per seed: a number of one arm."""
-    return lambda rows: [number(metrics) for metrics in of_arm(rows, arm, budget).values()]
+def at(arm: str, budget: float) -> dict[str, Any]:
+    """What the cells of an arm at a budget hold."""
+    return {"arm": arm, "budget": budget}
 
 
 def gain(arm: str, over: str, budget: float, key: str = "test_accuracy") -> Measure:
     """Per seed: accuracy of `arm` minus that of `over`."""
-
-    def measure(rows: Rows) -> list[float]:
-        ours, theirs = of_arm(rows, arm, budget), of_arm(rows, over, budget)
-        return [ours[seed][key] - theirs[seed][key] for seed in ours if seed in theirs]
-
-    return measure
+    return difference(at(arm, budget), at(over, budget), lambda metrics: metrics[key])
 
 
 def overshoot(rows: Rows) -> list[float]:
@@ -74,9 +57,9 @@ CLAIMS = [
         source="abstract (C1)",
         paper="-0.9 points without, -0.3 with distillation token at about 50 % (DeiT-Tiny, ImageNet)",
         measure=lambda rows: [
-            of_arm(rows, "uvc", WIDE)[seed]["test_accuracy"] - metrics["test_accuracy"]
-            for seed, metrics in of_arm(rows, "dense", WIDE).items()
-            if seed in of_arm(rows, "uvc", WIDE)
+            by_seed(rows, at("uvc", WIDE))[seed]["test_accuracy"] - metrics["test_accuracy"]
+            for seed, metrics in by_seed(rows, at("dense", WIDE)).items()
+            if seed in by_seed(rows, at("uvc", WIDE))
         ],
         threshold=-1.5,
     ),
@@ -127,7 +110,7 @@ CLAIMS = [
         statement="the released method saves by skipping blocks",
         source="audit C7",
         paper="masks 99.95 to 100 % kept (authors' log, DeiT-Base)",
-        measure=each("released", WIDE, lambda metrics: metrics["skipped_share"]),
+        measure=each(at("released", WIDE), lambda metrics: metrics["skipped_share"]),
         threshold=0.95,
         interval="worst",
         unit="of the saved FLOPs",
@@ -137,7 +120,7 @@ CLAIMS = [
         statement="the small network is faster by about as much as it is smaller",
         source="ours: the paper counts FLOPs only",
         paper="no such measurement",
-        measure=each("uvc", WIDE, lambda metrics: metrics["latency_ratio"] - metrics["share"]),
+        measure=each(at("uvc", WIDE), lambda metrics: metrics["latency_ratio"] - metrics["share"]),
         threshold=0.15,
         direction="below",
         unit="time share - FLOPs share",
@@ -147,7 +130,7 @@ CLAIMS = [
         statement="stage 2 on the small network is at least 0.8 / R times as fast as on the masked one",
         source="ours",
         paper="no such measurement",
-        measure=each("uvc", WIDE, lambda metrics: metrics["stage2_ratio"] * metrics["share"]),
+        measure=each(at("uvc", WIDE), lambda metrics: metrics["stage2_ratio"] * metrics["share"]),
         threshold=0.8,
         unit="speed-up times R",
     ),

@@ -5,45 +5,18 @@ differences are paired. The -control arms have as many equally fast parameters b
 what a method does beyond its control is an effect of frequency.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import mean
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from common.claims import Claim, Rows
+from common.claims import Claim, Measure, Metrics, Number, difference, each
 from vit_antioversmooth.cost import PAPER_COUNTS
 
-Metrics = Mapping[str, Any]
-Number = Callable[[Metrics], float]
 
-
-def of_arm(rows: Rows, arm: str) -> dict[int, Metrics]:
-    """Metrics of one arm by seed. Raises KeyError where there is none."""
-    found = {row["seed"]: row["metrics"] for row in rows if row["cell"]["arm"] == arm}
-    if not found:
-        raise KeyError(f"no rows of {arm}")
-    return found
-
-
-def each(arm: str, number: Number) -> Callable[[Rows], list[float]]:
-    """Per seed: a number of one arm."""
-    return lambda rows: [number(metrics) for metrics in of_arm(rows, arm).values()]
-
-
-def difference(arm: str, reference: str, number: Number) -> Callable[[Rows], list[float]]:
-    """Per seed that has both: a number of `arm` minus that of `reference`."""
-
-    def measure(rows: Rows) -> list[float]:
-        ours, theirs = of_arm(rows, arm), of_arm(rows, reference)
-        return [number(ours[seed]) - number(theirs[seed]) for seed in ours if seed in theirs]
-
-    return measure
-
-
-def smaller(*measures: Callable[[Rows], list[float]]) -> Callable[[Rows], list[float]]:
+def smaller(*measures: Measure) -> Measure:
     """Per seed the smallest of several numbers: above a threshold only where all are."""
     return lambda rows: [min(values) for values in zip(*(measure(rows) for measure in measures), strict=True)]
 

@@ -15,7 +15,22 @@ import pytest
 from matplotlib.figure import Figure
 
 from common import claims
-from common.claims import Claim, Rows, bounds, judge, main, measured, print_table, report, verdict, write_report
+from common.claims import (
+    Claim,
+    Metrics,
+    Rows,
+    bounds,
+    by_seed,
+    difference,
+    each,
+    judge,
+    main,
+    measured,
+    print_table,
+    report,
+    verdict,
+    write_report,
+)
 from common.config import command
 from common.study import StudyResult
 
@@ -406,3 +421,38 @@ def test_results_that_are_not_there_or_damaged_end_in_one_line(
         command(claims.main)
     err = capsys.readouterr().err
     assert ended.value.code in (1, 2) and err.startswith(f"error: {path}: ") and err.count("\n") == 1
+
+
+# Measures of arms
+
+
+ARMS = [
+    {"cell": {"arm": arm, "density": density}, "seed": seed, "metrics": {"accuracy": accuracy}}
+    for arm, density, seed, accuracy in (
+        ("dense", 1.0, 3, 90.0),
+        ("dense", 1.0, 4, 91.0),
+        ("sparse", 0.1, 4, 95.0),
+        ("sparse", 0.1, 5, 70.0),
+        ("sparse", 0.2, 4, 99.0),
+    )
+]
+
+
+def accuracy(metrics: Metrics) -> float:
+    return float(metrics["accuracy"])
+
+
+def test_an_arm_is_found_by_its_name_or_by_what_its_cells_hold() -> None:
+    assert by_seed(ARMS, "dense") == {3: {"accuracy": 90.0}, 4: {"accuracy": 91.0}}
+    assert by_seed(ARMS, {"arm": "sparse", "density": 0.2}) == {4: {"accuracy": 99.0}}
+    assert each({"density": 0.1}, accuracy)(ARMS) == [95.0, 70.0]
+
+
+def test_differences_are_of_the_seeds_that_both_arms_have() -> None:
+    assert difference({"arm": "sparse", "density": 0.1}, "dense", accuracy)(ARMS) == [4.0]
+
+
+@pytest.mark.parametrize("arm", ["sparser", {"arm": "dense", "density": 0.1}, {"method": "dense"}])
+def test_an_arm_without_rows_is_a_key_error(arm: str | dict[str, Any]) -> None:
+    with pytest.raises(KeyError, match="no rows of"):
+        by_seed(ARMS, arm)
