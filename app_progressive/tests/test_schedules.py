@@ -58,6 +58,7 @@ def test_compute_of_the_papers_short_stream() -> None:  # 16
     assert training_images(sizes, 50) == 10_125_000
     full, none = (stream_macs(each, 50, [1.0] * 8) for each in (sizes, [5625] * 8))
     assert full / none == pytest.approx(4.5)
+    assert stream_macs([10, 20], 2, [100.0, 50.0]) == 3 * 2 * (10 * 100 + 20 * 50)  # a backward is two forwards
     assert stream_macs(sizes, 50, density_schedule(8, 4.5)) / full == pytest.approx(0.4874, abs=5e-5)
 
 
