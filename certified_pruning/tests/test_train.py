@@ -212,13 +212,14 @@ def test_a_chain_killed_within_and_between_rounds_equals_an_undisturbed_one_bit_
     tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     folder = tmp_path / "run"
-    kill_after_a_checkpoint(started, folder)
-    for _ in range(2):
-        process, count = started(folder), len(list((folder / "tickets").glob("?.pt")))
-        children.until(lambda count=count: (folder / "tickets" / f"{count}.pt").exists())
+    kill_after_a_checkpoint(started, folder, times=1)  # within round 0
+    for number in range(ROUNDS - 1):  # not after the last round: the run is then over
+        process = started(folder)
+        children.until(lambda number=number: (folder / "tickets" / f"{number}.pt").exists())
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
+    kill_after_a_checkpoint(started, folder, times=1)  # within the last round
     started(folder).join()
     assert results(folder) == undisturbed and len(undisturbed) == ROUNDS + 2
 
