@@ -48,8 +48,9 @@ lint: .venv/ready  ## ruff, mypy and the import rules only
 bench: .venv/ready  ## efficient forms against plain ones, as ratios
 	@status=0; for script in */benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; exit $$status
 
-report: .venv/ready  ## write the HTML reports again from the committed results
-	@for results in */results/*.json; do $(BIN)/python -m common.claims $$results || exit 1; done
+report: .venv/ready  ## one page of all results, report.html, and each paper's own, from the stored results
+	@$(BIN)/python -m common.claims */results/*.json
+	@$(BIN)/python -m common.house report.html */results/*.json
 
 clean:  ## remove runs and caches; keeps .venv, data and results
 	rm -rf $(RUNS) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info

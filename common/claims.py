@@ -212,15 +212,17 @@ def report(paper: str, study: StudyResult, claims: Sequence[Claim], draw: Draw, 
     return 1 if study.failed else 0
 
 
+def figures_of(path: Path, scale: str) -> dict[str, bytes]:
+    """The PNGs beside stored results by name."""
+    prefix = f"{scale}-"
+    return {file.stem.removeprefix(prefix): file.read_bytes() for file in sorted(path.parent.glob(f"{prefix}*.png"))}
+
+
 def main() -> int:
     """`python -m common.claims RESULTS.json ...`: write the reports of stored results again."""
     for path in map(Path, sys.argv[1:]):
         results = read_json(path)
-        prefix = f"{results['scale']}-"
-        figures = {
-            file.stem.removeprefix(prefix): file.read_bytes() for file in sorted(path.parent.glob(f"{prefix}*.png"))
-        }
-        print(write_report(results, figures, path.parent))
+        print(write_report(results, figures_of(path, results["scale"]), path.parent))
     return 0
 
 
