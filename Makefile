@@ -45,8 +45,8 @@ lint: .venv/ready  ## ruff, mypy and the import rules only
 	@$(BIN)/mypy common $(subst -,_,$(PAPERS))
 	@$(BIN)/lint-imports --no-cache
 
-bench: .venv/ready  ## efficient forms against plain ones, as ratios
-	@status=0; for script in */benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; exit $$status
+bench: .venv/ready  ## efficient forms against plain ones, as ratios: results/bench.md (on an idle machine, half an hour)
+	@$(BIN)/python -m common.bench results/bench.md */benchmarks/*.py
 
 report: .venv/ready  ## one page of all results, report.html, and each paper's own, from the stored results
 	@$(BIN)/python -m common.claims */results/*.json

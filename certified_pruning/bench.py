@@ -1,12 +1,8 @@
-"""What the benchmark scripts share: a net like the demo's, fair timing, and the speed limit of the machine."""
+"""What the benchmark scripts share: a net like the demo's, and the speed limit of the machine."""
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable
 from math import prod
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +11,7 @@ from certified_pruning.affine import Conv, Dense
 from certified_pruning.chain import ChainNet
 from certified_pruning.fgsm import fgsm_random_start_loss
 from certified_pruning.models import cnn_s
+from common.bench import interleaved
 from common.data import DataConfig, batches, in_order, load, pixels, steps_per_epoch
 
 SHAPE = (1, 28, 28)
@@ -40,27 +37,6 @@ def demo_net(epochs: int, eps: float = 0.1, seed: int = 0) -> tuple[nn.Sequentia
     return model.eval(), pixels(images), labels
 
 
-def interleaved(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of each call, in turning order, so that all see the same load of the machine; one call each untimed.
-
-    With one thread they are the wall time of an idle machine, and other processes disturb them little.
-    """
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for work in works.values():
-        work()
-    for repeat in range(repeats):
-        for name in list(works)[:: -1 if repeat % 2 else 1]:
-            start = time.process_time()
-            works[name]()
-            times[name].append(time.process_time() - start)
-    return times
-
-
-def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
-    """Median over the repeats of how many times as long `slow` took."""
-    return median(a / b for a, b in zip(times[slow], times[fast], strict=True))
-
-
 def peak() -> float:
     """Floating-point operations a second: the best of ten float32 products of 1024 x 1024 matrices."""
     a = torch.randn(1024, 1024)
@@ -76,8 +52,3 @@ def operations(net: ChainNet) -> int:
         elif isinstance(op, Dense):
             total += 2 * op.weight.numel()
     return total
-
-
-def load_average() -> str:
-    """For the table: a benchmark on a busy machine says so."""
-    return f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"

@@ -161,7 +161,7 @@ def _revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude,glob)*/results/**")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude,glob)**/results/**")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -1,40 +1,15 @@
 """What the regularizers cost: time of a step, and of inference after training, against the plain network."""
 
 import copy
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from statistics import median
 
 import torch
 from torch import Tensor, nn
 
+from common.bench import interleaved, ratio
 from diverse_vit.settings import Config, ObjectiveConfig
 from diverse_vit.train import mixer, regularized
-
-
-def interleaved(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median of each work's time over the first one's in the same repeat; in turning order, after one warm-up each."""
-    ratios: list[list[float]] = [[] for _ in works]
-    for repeat in range(-1, repeats):
-        order = list(range(len(works)))[:: 1 if repeat % 2 else -1]
-        times = [0.0] * len(works)
-        for index in order:
-            start = _now()
-            works[index]()
-            times[index] = _now() - start
-        if repeat >= 0:
-            for own, spent in zip(ratios, times, strict=True):
-                own.append(spent / times[0])
-    return [median(own) for own in ratios]
-
-
-def _now() -> float:
-    """Seconds of this process's work: on a processor without those that others take from it."""
-    if not torch.cuda.is_available():
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def cost_ratios(
@@ -70,6 +45,8 @@ def cost_ratios(
 
         return work
 
-    steps = interleaved([step(plain, ObjectiveConfig()), step(trained, config.objective)], repeats)
-    inferences = interleaved([inference(plain), inference(trained)], repeats)
-    return {"step_ratio": steps[1], "inference_ratio": inferences[1]}
+    steps = interleaved({"plain": step(plain, ObjectiveConfig()), "ours": step(trained, config.objective)}, repeats)
+    inferences = interleaved({"plain": inference(plain), "ours": inference(trained)}, repeats)
+    return {
+        name: ratio(times, "ours", "plain") for name, times in (("step_ratio", steps), ("inference_ratio", inferences))
+    }

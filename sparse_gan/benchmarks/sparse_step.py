@@ -8,16 +8,14 @@ python sparse_gan/benchmarks/sparse_step.py
 
 import copy
 import sys
-import time
 import warnings
-from collections.abc import Callable
-from statistics import median
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from common.bench import Ratio, conclude, interleaved, ratio
 from common.masks import Masks
 from sparse_gan.dynamic_sparsity import DynamicSparsity
 from sparse_gan.hinge import discriminator_loss, generator_loss
@@ -29,26 +27,8 @@ from sparse_gan.sparse_inference import compact, with_csr_kernels
 THREADS = 1
 REPEATS = 7
 WIDTH, SIZE, BATCH, UPDATE_EVERY = 64, 32, 8, 500  # small batches make the share of moving look larger, not smaller
-DENSITY_G, DENSITY_D = 0.05, 0.3
+DENSITY_G = 0.05
 LEAST_MASKING, MOST_MOVING, MOST_MEMORY = 5.0, 0.005, 2.0
-
-
-def times(works: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """REPEATS timings of each, interleaved and in turning order."""
-    spent: dict[str, list[float]] = {form: [] for form in works}
-    for work in works.values():
-        work()
-    for repeat in range(REPEATS):
-        for form in list(works)[:: 1 if repeat % 2 else -1]:
-            start = time.perf_counter()
-            works[form]()
-            spent[form].append(time.perf_counter() - start)
-    return spent
-
-
-def ratio(spent: dict[str, list[float]], one: str, other: str) -> float:
-    """Median over the repeats of the time of `one` over that of `other` in the same repeat."""
-    return median(a / b for a, b in zip(spent[one], spent[other], strict=True))
 
 
 def mask_through_a_copy(model: nn.Module, masks: Masks) -> None:
@@ -59,12 +39,11 @@ def mask_through_a_copy(model: nn.Module, masks: Masks) -> None:
     model.load_state_dict(state)
 
 
-def training() -> list[str]:
-    """Tables of the training step; what is not as it should be."""
+def training() -> list[Ratio]:
+    """Of a training step."""
     torch.manual_seed(0)
     g, d = build_generator("sngan", WIDTH, SIZE), build_discriminator("sngan", WIDTH)
     masks_g = sparse_masks(g, DENSITY_G, "erk", torch.Generator().manual_seed(0))
-    masks_d = sparse_masks(d, DENSITY_D, "erk", torch.Generator().manual_seed(1))
     adam = torch.optim.Adam(g.parameters(), 1e-12, fused=True)
     masked_adam = MaskedAdam(g, masks_g, 1e-12)
     dynamics = {
@@ -90,7 +69,7 @@ def training() -> list[str]:
     whole_step()
     adam.step()
     masked_adam.step()
-    spent = times(
+    spent = interleaved(
         {
             "whole step": whole_step,
             "two passes": two_passes,
@@ -100,7 +79,8 @@ def training() -> list[str]:
             "mask in place and move": dynamics[1].step,
             "Adam": adam.step,
             "MaskedAdam": masked_adam.step,
-        }
+        },
+        REPEATS,
     )
     masking = ratio(spent, "mask through a copy", "mask in place")
     moving = ratio(spent, "mask in place and move", "whole step") / UPDATE_EVERY
@@ -108,31 +88,14 @@ def training() -> list[str]:
     dense_bytes -= sum(2 * p.nbytes for n, p in g.named_parameters() if n not in masks_g)
     sparse_bytes = masked_adam.state_bytes() - sum(2 * p.nbytes for n, p in g.named_parameters() if n not in masks_g)
     memory = sparse_bytes / dense_bytes / masks_g.density
-    table = Table(
-        "what", "ratio", title=f"SNGAN, width {WIDTH}, batch {BATCH}, d_G {DENSITY_G}, d_D {masks_d.density:.1f}"
-    )
-    for words, value in (
-        ("masking weights through a copy / weights and moments in place (times)", f"{masking:.1f}"),
-        (f"moving the topology every {UPDATE_EVERY} steps / training (percent)", f"{100 * moving:.3f}"),
-        ("optimiser step and masking: Adam / MaskedAdam (times)", f"{_with_masking(spent):.2f}"),
-        ("moments of the convolutions: MaskedAdam / Adam, over the density (times)", f"{memory:.2f}"),
-        ("discriminator: two passes / one (times)", f"{ratio(spent, 'two passes', 'one pass'):.2f}"),
-    ):
-        table.add_row(words, value)
-    Console().print(table)
-    wrong = []
-    if masking < LEAST_MASKING:
-        wrong.append(f"masking in place must be at least {LEAST_MASKING} times as fast, got {masking:.1f}")
-    if moving > MOST_MOVING:
-        wrong.append(f"moving the topology must take at most {MOST_MOVING:.1%} of training, got {moving:.2%}")
-    if memory > MOST_MEMORY:
-        wrong.append(f"moments must take at most {MOST_MEMORY} times the density, got {memory:.2f}")
-    return wrong
-
-
-def _with_masking(spent: dict[str, list[float]]) -> float:
-    plain = [a + b for a, b in zip(spent["Adam"], spent["mask in place"], strict=True)]
-    return median(a / b for a, b in zip(plain, spent["MaskedAdam"], strict=True))
+    spent["Adam and mask"] = [a + b for a, b in zip(spent["Adam"], spent["mask in place"], strict=True)]
+    return [
+        Ratio("masking: through a copy of the state dict / weights and moments in place", masking, LEAST_MASKING),
+        Ratio(f"moving the topology every {UPDATE_EVERY} steps / training", moving, most=MOST_MOVING),
+        Ratio("optimiser step and masking: Adam / MaskedAdam", ratio(spent, "Adam and mask", "MaskedAdam")),
+        Ratio("moments of the convolutions: MaskedAdam / Adam, over the density", memory, most=MOST_MEMORY),
+        Ratio("discriminator: two passes / one", ratio(spent, "two passes", "one pass")),
+    ]
 
 
 def inference() -> None:
@@ -150,7 +113,7 @@ def inference() -> None:
         for images in (1, 16):
             z = torch.randn(images, 128)
             assert all(_close(net(z), g(z)) for net in forms.values())
-            spent = times({name: lambda net=net, z=z: net(z) for name, net in forms.items()})  # type: ignore[misc]
+            spent = interleaved({name: lambda net=net, z=z: net(z) for name, net in forms.items()}, REPEATS)  # type: ignore[misc]
             ratios = [f"{ratio(spent, name, 'dense'):.2f}" for name in ("compacted", "csr")]
             table.add_row(str(density), str(images), ratios[0], f"{cut} of {WIDTH * len(g.blocks)}", ratios[1])
     Console().print(table)
@@ -164,11 +127,9 @@ def main() -> int:
     """Print the tables; 1 where a ratio is not as it should be."""
     torch.set_num_threads(THREADS)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-    wrong = training()
+    ratios = training()
     inference()
-    for line in wrong:
-        print(f"error: {line}", file=sys.stderr)
-    return 1 if wrong else 0
+    return conclude(ratios)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ python vit_antioversmooth/benchmarks/attnscale_step.py
 import sys
 import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
 from rich.console import Console
@@ -19,6 +18,7 @@ from rich.table import Table
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from common.bench import Ratio, conclude, interleaved, ratio
 from vit_antioversmooth.attnscale import apply_attnscale
 from vit_antioversmooth.featscale import apply_featscale
 from vit_antioversmooth.fold import fold_
@@ -68,17 +68,9 @@ def saved_bytes(attention: nn.Module, x: Tensor) -> int:
 
 
 def ratios(works: dict[str, Callable[[], None]], repeats: int = REPEATS) -> Ratios:
-    """Median over the repeats of each time over the first one's in the same repeat; interleaved, in turning order."""
-    times: dict[str, list[float]] = {form: [] for form in works}
-    for work in works.values():
-        work()
-    for repeat in range(repeats):
-        for form in list(works)[:: 1 if repeat % 2 else -1]:
-            start = time.perf_counter()
-            works[form]()
-            times[form].append(time.perf_counter() - start)
-    base = times[next(iter(works))]
-    return {form: median(own / plain for own, plain in zip(spent, base, strict=True)) for form, spent in times.items()}
+    """Wall time of each over that of the plain form."""
+    times = interleaved(works, repeats, time.perf_counter)
+    return {form: ratio(times, form, "plain") for form in works}
 
 
 def training(tokens: int, images: int) -> tuple[Ratios, Ratios]:
@@ -131,18 +123,15 @@ def main() -> int:
     console.print(table)
 
     kept = saved[JUDGED]
-    targets = {
-        "step time of AttnScale over plain": (times[JUDGED]["auto"], "<=", 1.05),
-        "saved bytes of AttnScale over plain": (kept["auto"] / kept["plain"], "<=", 1.3),
-        "saved bytes of the map form over AttnScale": (kept["reference"] / kept["auto"], ">=", 2.5),
-        "inference time after fold_ over plain": (folded["inference"], "<=", 1.01),
-    }
-    met = {name: value <= limit if sign == "<=" else value >= limit for name, (value, sign, limit) in targets.items()}
-    table = Table("target", "measured", "limit", "", title=f"targets at {JUDGED} tokens")
-    for name, (value, sign, limit) in targets.items():
-        table.add_row(name, f"{value:.3f}", f"{sign} {limit}", "met" if met[name] else "missed")
-    console.print(table)
-    return 0 if all(met.values()) else 1
+    words = f"DeiT-S block, {JUDGED} tokens"
+    return conclude(
+        [
+            Ratio(f"{words}, step time: AttnScale / plain", times[JUDGED]["auto"], most=1.05),
+            Ratio(f"{words}, saved bytes: AttnScale / plain", kept["auto"] / kept["plain"], most=1.3),
+            Ratio(f"{words}, saved bytes: map form / AttnScale", kept["reference"] / kept["auto"], least=2.5),
+            Ratio(f"{words}, inference time: after fold_ / plain", folded["inference"], most=1.01),
+        ]
+    )
 
 
 if __name__ == "__main__":
