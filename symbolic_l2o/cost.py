@@ -1,7 +1,8 @@
 """What a rule costs beside its teacher: floats a weight, time of a step, memory of meta-tuning (claim C7)."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -14,15 +15,17 @@ from symbolic_l2o.teachers import LSTMTeacher
 REPEATS = 5
 
 
-def best_time(function: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Least seconds of one call, after a first one that does not count."""
-    function()
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+def best_times(functions: Mapping[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, float]:
+    """Least seconds of one call of each, taken in turns, after first calls that do not count."""
+    for function in functions.values():
         function()
-        found.append(time.perf_counter() - start)
-    return min(found)
+    found = dict.fromkeys(functions, math.inf)
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            found[name] = min(found[name], time.perf_counter() - start)
+    return found
 
 
 def state_floats(optimizer: torch.optim.Optimizer, size: int) -> float:
@@ -36,8 +39,8 @@ def step_costs(size: int) -> dict[str, float]:
     p.grad = torch.randn(size, generator=torch.Generator().manual_seed(0))
     pole = SymbolicOptimizer([p], presets("rp_pole_mnist5k"), lr=1e-4)
     teachers = {kind: LearnerOptimizer([p], LSTMTeacher(kind), lr=1e-4) for kind in ("rp_s", "rp", "dm")}
-    rule_time = best_time(pole.step)
-    found = {f"{kind}_step_ratio": best_time(optimizer.step, 2) / rule_time for kind, optimizer in teachers.items()}
+    times = best_times({"pole": pole.step, **{kind: optimizer.step for kind, optimizer in teachers.items()}})
+    found = {f"{kind}_step_ratio": times[kind] / times["pole"] for kind in teachers}
     teacher_floats = {f"{kind}_floats": float(opt.learner.state_floats) for kind, opt in teachers.items()}  # type: ignore[attr-defined]
     return {**found, **teacher_floats, "pole_floats": state_floats(pole, size)}
 

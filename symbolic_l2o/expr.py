@@ -7,6 +7,7 @@ An equation is a number; the name of a coefficient; ("z", feature, tap), a featu
 import math
 from collections.abc import Callable, Iterator, Mapping
 from operator import add, mul, sub, truediv
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -154,6 +155,8 @@ def evaluate(
     feature: Callable[[str, int], Value],
     trace: Callable[[tuple[Any, ...]], Value],
     coefficients: Mapping[str, Value],
+    faster: Mapping[str, Callable[..., Value]] = MappingProxyType({}),
+    known: dict[Expr, Value] | None = None,
 ) -> Value:
     """The equation's value.
 
@@ -162,7 +165,10 @@ def evaluate(
         feature: (name, tap) -> value.
         trace: the whole trace node -> value.
         coefficients: by name.
+        faster: operators to be taken in place of those of OPERATORS.
+        known: values of parts, which is added to; calls that share it compute a part that they share once.
     """
+    known = {} if known is None else known
 
     def value(node: Expr) -> Value:
         if isinstance(node, str):
@@ -173,10 +179,12 @@ def evaluate(
             return feature(node[1], node[2])
         if node[0] == "trace":
             return trace(node)
-        operands = [value(operand) for operand in node[1:]]
-        if all(isinstance(operand, float) for operand in operands):
-            operands[0] = torch.tensor(operands[0], dtype=torch.float64)
-        return OPERATORS[node[0]].apply(*operands)
+        if node not in known:
+            operands = [value(operand) for operand in node[1:]]
+            if all(isinstance(operand, float) for operand in operands):
+                operands[0] = torch.tensor(operands[0], dtype=torch.float64)
+            known[node] = faster.get(node[0], OPERATORS[node[0]].apply)(*operands)
+        return known[node]
 
     return value(expr)
 

@@ -90,7 +90,7 @@ class GradFeatures:
         """Features by name, each of g's shape; `state` goes one step on, in place."""
         step = state["step"].add_(1)
         self.update(g, state)
-        return self.values(g, state, 1 - self.beta1**step, 1 - self.beta2**step)
+        return self.values(g, state, *self.debias(step))
 
     def update(self, g: Any, state: Mapping[str, Any]) -> None:
         """Moments one step on, in place; of a tensor or a `TensorList`, like `values`."""
@@ -104,19 +104,25 @@ class GradFeatures:
         for name, power in self.powers.items():
             state[name].mul_(self.beta2).add_(g.abs().pow(power), alpha=1 - self.beta2)
 
-    def values(self, g: Any, state: Mapping[str, Any], unbias1: Tensor, unbias2: Tensor) -> dict[str, Any]:
-        """Features by name for moments just updated; `unbias` are 1 - beta^t as 0-d tensors."""
+    def debias(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """1 / (1 - beta^t) of the two moments, 0-d."""
+        return 1 / (1 - self.beta1**step), 1 / (1 - self.beta2**step)
+
+    def values(self, g: Any, state: Mapping[str, Any], debias1: Tensor, debias2: Tensor) -> dict[str, Any]:
+        """Features by name for moments just updated; see `debias`."""
         found: dict[str, Any] = {}
-        d = (state["v"] / unbias2).sqrt() + self.eps if "v" in state else None
+        if "v" in state:
+            d = (state["v"] * debias2).sqrt() + self.eps
+            inverse = d.reciprocal()
         for name in self.names:
             if name == "mt":
-                found[name] = state["m"] / unbias1 / d
+                found[name] = state["m"] * debias1 * inverse
             elif name == "gt":
-                found[name] = g / d
+                found[name] = g * inverse
             elif name == "AdamUp_unNorm":
                 found[name] = state["m"].clone()
             elif name == "AdamUp_Norm":
-                found[name] = state["m"] / unbias1
+                found[name] = state["m"] * debias1
             elif name == "AdamDn_Norm":
                 found[name] = d
             elif name == "g":
@@ -126,14 +132,14 @@ class GradFeatures:
             elif name == "t":
                 found[name] = g * 0 + state["step"].to(g.dtype) / 1000
             elif name == "nt":
-                found[name] = state["mom5"] / (1 - 0.5 ** state["step"]).to(g.dtype) / d
+                found[name] = state["mom5"] / (1 - 0.5 ** state["step"]).to(g.dtype) * inverse
             elif name == "log":
                 found[name] = ((g.abs() + 1.19e-7).log() / LOG_SCALE).clamp(min=-1)
             elif name == "sgn":
                 found[name] = (g * math.exp(LOG_SCALE)).clamp(-1, 1)
             else:
                 power = self.powers[name]
-                found[name] = state["m"] / ((state[name] / unbias2).pow(1 / power) + 1e-8)
+                found[name] = state["m"] / ((state[name] * debias2).pow(1 / power) + 1e-8)
         return found
 
     def __call__(self, g: Tensor, state: State) -> Tensor:

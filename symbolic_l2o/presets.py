@@ -1,9 +1,13 @@
-"""Rules that come with the package."""
+"""Rules that come with the package: by hand, and those that `export.py` wrote to presets/."""
+
+from pathlib import Path
 
 from symbolic_l2o.expr import Expr
 from symbolic_l2o.rule import SymbolicRule, pole_rule, sum_of
 
-PRESETS = ("rp_pole_mnist5k", "lambda_adam", "power_series", "sgd", "momentum", "adam")
+FOLDER = Path(__file__).parent / "presets"
+BUILT_IN = ("rp_pole_mnist5k", "lambda_adam", "power_series", "sgd", "momentum", "adam")
+PRESETS = (*BUILT_IN, *sorted(path.stem for path in FOLDER.glob("*.json")))
 SCALES = {"mt": 0.2, "gt": 1.0, "g": 5e-4, "mom5": 5e-4}  # n of the power series
 ALPHA = 0.05
 
@@ -13,7 +17,8 @@ def presets(name: str) -> SymbolicRule:
 
     rp_pole_mnist5k: distilled from an RP_s teacher, see its `provenance`. lambda_adam: between SGD with momentum
     (lambda 0) and Adam (1). power_series: the released re-parameterisation with its start coefficients, to be tuned.
-    sgd, momentum (0.9), adam (both decays 0.95): hand-made rules in this form.
+    sgd, momentum (0.9), adam (both decays 0.95): hand-made rules in this form. Others: the files in presets/, whose
+    `provenance` says where they come from.
 
     Raises:
         ValueError: for another name, listing these.
@@ -39,6 +44,8 @@ def presets(name: str) -> SymbolicRule:
         return SymbolicRule(("g",), ("neg", ("trace", "rho_g", ("z", "g", 0))), coefficients, provenance="by hand")
     if name == "adam":
         return SymbolicRule(("mt",), ("neg", ("z", "mt", 0)), provenance="by hand")
+    if name in PRESETS:
+        return SymbolicRule.from_json((FOLDER / f"{name}.json").read_text())
     raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
 
 

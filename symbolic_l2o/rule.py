@@ -129,6 +129,7 @@ class SymbolicRule:
         values = self.coefficients if coefficients is None else coefficients
         delay, old = (state[0], state[1:]) if self.memory else (None, state)
         new: dict[Any, Tensor] = {}
+        known: dict[Any, Any] = {}
 
         def feature(name: str, tap: int) -> Tensor:
             column = self.features.index(name)
@@ -136,8 +137,8 @@ class SymbolicRule:
 
         for before, node in zip(old, self.traces, strict=True):
             decay = values[node[1]] if isinstance(node[1], str) else node[1]
-            new[node] = decay * before + evaluate(node[2], feature, new.__getitem__, values)
-        out = evaluate(self.expr, feature, new.__getitem__, values)
+            new[node] = decay * before + evaluate(node[2], feature, new.__getitem__, values, known=known)
+        out = evaluate(self.expr, feature, new.__getitem__, values, known=known)
         kept = [torch.cat([z[:, :, None], delay[:, :, :-1]], 2)] if delay is not None else []
         return out + torch.zeros_like(z[:, 0]), [*kept, *new.values()]
 

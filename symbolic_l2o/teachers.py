@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from symbolic_l2o.features import GradFeatures, feature_names
+from symbolic_l2o.lstm import affine, elu, lstm_step
 
 
 class Kind(NamedTuple):
@@ -67,12 +67,13 @@ class LSTMTeacher(nn.Module):
 
     def step(self, z: Tensor, state: State) -> tuple[Tensor, State]:
         """Raw update (P,) for features (P, F), and the next state."""
-        x = z if self.before is None else F.elu(self.before(z))
+        x = z.T if self.before is None else elu(affine(self.before, z.T))
         kept: State = []
         for number, cell in enumerate(self.cells):
-            x, memory = cell(x, (state[2 * number], state[2 * number + 1]))
-            kept += [x, memory]
-        out = self.output(x).squeeze(-1)
+            h, c = (tensor.T for tensor in state[2 * number : 2 * number + 2])
+            x, memory = lstm_step(cell, x, h, c)  # type: ignore[arg-type]
+            kept += [x.T, memory.T]
+        out = affine(self.output, x)[0]
         return torch.tanh(out) if self.saturates else out, kept
 
     forward = step

@@ -44,7 +44,7 @@ class TensorList:
         return self._with(torch._foreach_div, other)
 
     def __rtruediv__(self, other: Any) -> "TensorList":
-        return TensorList(torch._foreach_reciprocal(self.tensors)) * other
+        return self.reciprocal() * other
 
     def __pow__(self, other: Any) -> "TensorList":
         return self._with(torch._foreach_pow, other)
@@ -90,6 +90,10 @@ class TensorList:
     def neg(self) -> "TensorList":
         """Minus it."""
         return TensorList(torch._foreach_neg(self.tensors))
+
+    def reciprocal(self) -> "TensorList":
+        """One over it."""
+        return TensorList(torch._foreach_reciprocal(self.tensors))
 
     def abs(self) -> "TensorList":
         """Absolute values."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from symbolic_l2o import SymbolicOptimizer, SymbolicRule, presets
 from symbolic_l2o.baselines import LearnerOptimizer
 from symbolic_l2o.features import GradFeatures
+from symbolic_l2o.kernel import divide, rational_tanh
 from symbolic_l2o.presets import PRESETS, lambda_rule
 from symbolic_l2o.rule import fir_rule
 from symbolic_l2o.teachers import LSTMTeacher
@@ -118,6 +119,56 @@ def test_the_compiled_kernel_gives_what_a_loop_gives() -> None:  # acceptance 21
     optimizer = SymbolicOptimizer(parameters(), rule, compiled=True, weight_decay=0.1)
     compiled = drive(optimizer, range(8))
     assert close(compiled, drive(SymbolicOptimizer(parameters(), rule, weight_decay=0.1), range(8)))
+
+
+def test_nine_compiled_optimisers_live_side_by_side() -> None:
+    rule, kept = presets("momentum"), []
+    for number in range(9):
+        scaled = rule.with_coefficients({"rho_g": 0.1 * number})
+        kept.append(SymbolicOptimizer(parameters(), scaled, compiled=True))
+        assert close(drive(kept[-1], range(2)), drive(SymbolicOptimizer(parameters(), scaled), range(2)))
+
+
+def test_a_compiled_rule_of_double_precision_is_exact() -> None:
+    rule, found = rules()["rp_pole_mnist5k"], []
+    for compiled in (True, False):
+        p = nn.Parameter(torch.linspace(-1, 1, 9, dtype=torch.float64))
+        found.append(drive(SymbolicOptimizer([p], rule, compiled=compiled), range(4)))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["rp_pole_mnist5k", "fir", "wild"])
+def test_blocks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = drive(SymbolicOptimizer(parameters(), rules()[name], weight_decay=0.1), range(12))
+    monkeypatch.setattr("symbolic_l2o.optimizer.BLOCK", 5)
+    parts = drive(SymbolicOptimizer(parameters(), rules()[name], weight_decay=0.1), range(12))
+    assert close(parts, whole, 1e-6 * max(float(p.abs().max()) for p in whole))
+
+
+def test_weights_that_are_not_contiguous_and_empty_ones_work() -> None:
+    p, q = nn.Parameter(torch.ones(3, 4).T), nn.Parameter(torch.ones(4, 3))
+    empty = nn.Parameter(torch.zeros(0, 2))
+    for step in range(3):
+        p.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(step)).T
+        q.grad, empty.grad = p.grad.contiguous(), torch.zeros(0, 2)
+        for optimizer in (SymbolicOptimizer([p, empty], rules()["fir"]), SymbolicOptimizer([q], rules()["fir"])):
+            optimizer.step()
+    assert torch.allclose(p, q, atol=1e-7) and not torch.allclose(p, torch.ones(4, 3), atol=1e-3)
+
+
+def test_the_rational_tanh_is_accurate_from_zero_to_infinity() -> None:
+    x = torch.cat([torch.logspace(-30, 30, 20001), torch.linspace(0, 12, 20001)[1:]])
+    wanted = torch.tanh(x.double())
+    assert float((rational_tanh(x).double() / wanted - 1).abs().max()) < 5e-7
+    assert torch.equal(rational_tanh(-x), -rational_tanh(x)) and rational_tanh(torch.zeros(1)) == 0
+    assert rational_tanh(torch.tensor(float("nan"))).isnan()
+    assert torch.equal(rational_tanh(x.double()), wanted)
+
+
+def test_dividing_by_a_number_is_dividing_also_by_nothing() -> None:
+    x = torch.tensor([3.0, -1.0])
+    assert divide(x, 4.0).tolist() == [0.75, -0.25] and divide(x, x).tolist() == [1, 1]
+    assert divide(x, 0.0).tolist() == [float("inf"), float("-inf")]
 
 
 @pytest.mark.parametrize("name", rules())

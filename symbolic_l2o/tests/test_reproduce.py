@@ -134,6 +134,14 @@ def test_the_form_claim_takes_the_worst_teacher() -> None:
     assert judged("C6", found)[0] == "not held" and judged("C6", found)[1] == pytest.approx([0.03, 0.03])
 
 
+def test_known_rules_are_judged_by_the_worst_seed() -> None:
+    def row(seed: int, r2: float) -> dict[str, Any]:
+        return {"cell": {"arm": "sanity", "what": "sanity", "by": "adam"}, "seed": seed, "metrics": {"r2": r2}}
+
+    assert judged("C1e", [row(3, 0.9), row(4, 0.81), row(5, 0.95)]) == ("held", [0.9, 0.81, 0.95])
+    assert judged("C1e", [row(3, 0.9), row(4, 0.79), row(5, 0.95)])[0] == "not held"
+
+
 def test_complexities_are_paired_by_seed() -> None:
     found = []
     for seed, (dm, rp) in enumerate([(40, 20), (44, 20), (42, 20)]):
