@@ -7,7 +7,7 @@ SEEDS ?=
 ARGS ?=
 
 BIN := .venv/bin
-PAPERS := app-progressive backdoor-lth certified-pruning diverse-vit double-win-lth sparse-gan symbolic-l2o vit-antioversmooth
+PAPERS := app-progressive backdoor-lth certified-pruning diverse-vit double-win-lth optimizer-amalgamation sparse-gan symbolic-l2o uvc-vit vit-antioversmooth
 comma := ,
 empty :=
 space := $(empty) $(empty)

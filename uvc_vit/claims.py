@@ -2,12 +2,13 @@
 
 A row is one network: cell {arm, budget}, seed, metrics. Arms of one seed start from the same network, so differences
 are paired. Budgets are shares of exact multiply-adds; arms of whole blocks get the fewest blocks that cost at least as
-much.
+much: at the wide budget three of the demo's six, R .505, so that skipping is compared there (at the tight one two
+blocks have R .34 for .25). S6 as a whole holds where all its parts do, which needs no correction for their number.
 """
 
 from typing import Any
 
-from common.claims import Claim, Measure, Rows, by_seed, difference, each
+from common.claims import Claim, Measure, Rows, difference, each
 from uvc_vit.audit import log_error
 
 TIGHT, WIDE = 0.25, 0.5  # budgets of the claims
@@ -28,14 +29,14 @@ def overshoot(rows: Rows) -> list[float]:
     found: dict[int, list[float]] = {}
     for row in rows:
         arm, budget = row["cell"]["arm"], row["cell"]["budget"]
-        if arm not in ("start", "dense", "skip-only", "drop-last", "released"):
+        if arm not in ("start", "dense", "skip-only", "drop-last", "released", "omp", "taylor", "gmp"):
             found.setdefault(row["seed"], []).append(abs(row["metrics"]["share"] / budget - 1))
     return [max(values) for values in found.values()]
 
 
-def ablation(letter: str, statement: str, arm: str, over: str, paper: str) -> Claim:
-    """C5: one variant against another at the tight budget."""
-    return Claim(f"S{letter}", statement, "Sec. 4.2", paper, gain(arm, over, TIGHT))
+def ablation(number: int, statement: str, arm: str, over: str, budget: float) -> Claim:
+    """C5: one variant against another."""
+    return Claim(f"S{number}", statement, "Sec. 4.2 (C5)", DIRECTION, gain(arm, over, budget))
 
 
 DIRECTION = "the unified method is best, prune-only better than skip-only (ImageNet, DeiT; numbers not recovered)"
@@ -56,16 +57,12 @@ CLAIMS = [
         statement="half of the FLOPs go almost for free",
         source="abstract (C1)",
         paper="-0.9 points without, -0.3 with distillation token at about 50 % (DeiT-Tiny, ImageNet)",
-        measure=lambda rows: [
-            by_seed(rows, at("uvc", WIDE))[seed]["test_accuracy"] - metrics["test_accuracy"]
-            for seed, metrics in by_seed(rows, at("dense", WIDE)).items()
-            if seed in by_seed(rows, at("uvc", WIDE))
-        ],
+        measure=gain("uvc", "dense", WIDE),
         threshold=-1.5,
     ),
-    ablation("3", "the unified method beats skipping alone", "uvc", "skip-only", DIRECTION),
-    ablation("4", "pruning alone beats skipping alone", "prune-only", "skip-only", DIRECTION),
-    ablation("5", "the unified method beats pruning alone", "uvc", "prune-only", DIRECTION),
+    ablation(3, "the unified method beats skipping alone, at equal FLOPs", "uvc", "skip-only", WIDE),
+    ablation(4, "pruning alone beats skipping alone, at equal FLOPs", "prune-only", "skip-only", WIDE),
+    ablation(5, "the unified method beats pruning alone", "uvc", "prune-only", TIGHT),
     *(
         Claim(
             id=f"S6{letter}-{when}",

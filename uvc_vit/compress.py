@@ -15,6 +15,7 @@ from uvc_vit.adapter import ViTAdapter
 from uvc_vit.controller import StepInfo, UVCController
 from uvc_vit.distill import KDConfig, Teacher, distilled_loss
 from uvc_vit.plan import Plan
+from uvc_vit.resource import Costs
 from uvc_vit.slim import Layout, slim
 from uvc_vit.uvc_config import UVCConfig
 
@@ -46,6 +47,7 @@ def compress(
     clip: float = 1.0,
     smoothing: float = 0.1,
     layout: Layout = "grouped",
+    costs: Costs | None = None,
     seed: int = 0,
 ) -> Compressed:
     """Find what goes, remove it, train what is left; the given model stays as it is.
@@ -63,6 +65,7 @@ def compress(
         clip: largest norm of the weights' gradient.
         smoothing: of the labels.
         layout: see `slim`.
+        costs: measured ones, see `LatencyTable`; for accounting latency.
         seed: of the gates' noise.
 
     Raises:
@@ -77,7 +80,7 @@ def compress(
         plan = Plan.full(ViTAdapter(net).dims)
         return Compressed(slim(net, plan, layout).eval(), plan, [], 1.0)
     steps = epochs[0] * len(train_loader)
-    method = UVCController(ViTAdapter(net), replace(config, stage1_steps=steps), input_size)
+    method = UVCController(ViTAdapter(net), replace(config, stage1_steps=steps), input_size, costs)
     draws = torch.Generator().manual_seed(seed)
     method.gates.generator = draws
     history: list[StepInfo] = []

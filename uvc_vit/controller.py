@@ -46,11 +46,11 @@ class UVCController:
         adapter: of the model.
         config: of the method.
         input_size: (height, width) of the images.
-        costs: measured ones in place of multiply-adds.
+        costs: measured ones in place of multiply-adds, see `LatencyTable`; accounting latency needs them.
 
     Raises:
-        ValueError: where no plan can meet the budget, or a protected block is not there; FloatingPointError: where the
-            weights are not finite.
+        ValueError: where no plan can meet the budget, a protected block or the costs are not there;
+            FloatingPointError: where the weights are not finite.
     """
 
     def __init__(
@@ -59,10 +59,12 @@ class UVCController:
         self.adapter, self.config = adapter, config
         device = adapter.blocks[0].mlp.fc2.weight.device
         self.tokens, self.embed_macs = adapter.tokens(input_size), adapter.embed_macs(input_size)
-        counted = mac_costs(adapter.dims, self.tokens, self.embed_macs, config.accounting, device)
-        self.costs = counted if costs is None else costs
         exact = mac_costs(adapter.dims, self.tokens, self.embed_macs, "exact", device)
-        self.final_costs = exact if costs is None else costs
+        self.costs = self.final_costs = exact if costs is None else costs
+        if config.accounting == "released":
+            self.costs = mac_costs(adapter.dims, self.tokens, self.embed_macs, "released", device)
+        if config.accounting == "latency" and costs is None:
+            raise ValueError("accounting latency needs costs: those of a LatencyTable")
         blocks = len(adapter.dims)
         self.free = torch.ones(blocks, dtype=torch.bool, device=device)
         for block in config.protect_blocks:
@@ -154,9 +156,9 @@ class UVCController:
 
     def finalise(self, budget: float | None = None) -> Plan:
         """The plan of the variables that meets the budget, the configured one by default; see `finalise`."""
-        flags: dict[str, Any] = {"prune": self.config.prune, "skip": self.config.skip, "free": self.free}
+        flags: dict[str, Any] = {name: getattr(self.config, name) for name in ("prune", "skip", "align")}
         norms, budget = self.relative(self._norms()), self.config.budget if budget is None else budget
-        return finalise(self.variables, norms, self.final_costs, self.adapter.dims, budget, **flags)
+        return finalise(self.variables, norms, self.final_costs, self.adapter.dims, budget, free=self.free, **flags)
 
     def floor(self) -> float:
         """The least R that a plan can have and still keep a block that attends and has a neuron."""

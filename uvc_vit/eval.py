@@ -12,13 +12,14 @@ from torch import nn
 from common.config import command
 from common.data import load
 from common.experiment import Progress, accuracy, device, eval_command, finished_run, load_weights
+from common.masks import prunable_weights
 from common.runs import CheckpointError, load_checkpoint, read_json, write_json
 from uvc_vit.adapter import ViTAdapter
+from uvc_vit.choose import build
 from uvc_vit.macs import count_flops, macs
 from uvc_vit.plan import Plan
 from uvc_vit.settings import Config
 from uvc_vit.slim import slim
-from uvc_vit.train import build
 
 Metrics = dict[str, Any]
 
@@ -45,13 +46,13 @@ def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
     except ValueError as error:
         raise CheckpointError(f"{folder}/plan.json: {error}") from error
     metrics: Metrics = {}
-    for name, file in (("test_accuracy", "model.pt"), ("before_accuracy", "before.pt")):
+    for name, file in (("before_accuracy", "before.pt"), ("test_accuracy", "model.pt")):
         load_weights(model, load_checkpoint(folder / file), folder / file)
         metrics[name] = accuracy(model, splits.test, config.model.normalize, config.eval.batch_size)
         if progress is not None:
-            progress(0.5 if name == "test_accuracy" else 1.0)
+            progress(1.0 if name == "test_accuracy" else 0.5)
     metrics |= cost(dense.to(device()), model, (size, size))
-    metrics |= left(plan)
+    metrics |= left(plan) | {"density": density(model)}
     write_json(folder / "eval.json", metrics)
     return metrics
 
@@ -78,6 +79,12 @@ def cost(dense: nn.Module, model: nn.Module, input_size: tuple[int, int]) -> Met
         "parameters": parameters[0],
         "parameter_share": parameters[0] / parameters[1],
     }
+
+
+def density(model: nn.Module) -> float:
+    """Share of the weights of linear and convolutional layers that are not zero."""
+    weights = prunable_weights(model, (nn.Linear, nn.Conv2d)).values()
+    return sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 def left(plan: Plan) -> Metrics:

@@ -1,4 +1,4 @@
-"""The report's figures: accuracy against exact multiply-adds, and what is left of every block."""
+"""The report's figures: accuracy against multiply-adds and latency, R and z over stage 1, what is left of blocks."""
 
 from collections.abc import Sequence
 
@@ -9,26 +9,59 @@ from common.claims import Rows
 
 
 def draw(rows: Rows) -> dict[str, Figure]:
-    """`accuracy`, and `plans` where arms removed something."""
+    """`accuracy`; `plans` where arms removed something, `search` where arms had a stage 1."""
     figures = {"accuracy": _accuracy(rows)}
     if pairs := sorted({(row["cell"]["budget"], row["cell"]["arm"]) for row in rows if row["metrics"]["share"] < 1}):
         figures["plans"] = _plans(rows, pairs)
+    if searched := [row for row in rows if "search_R" in row["metrics"]]:
+        figures["search"] = _search(searched)
     return figures
 
 
 def _accuracy(rows: Rows) -> Figure:
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True)
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3)
     names = list(dict.fromkeys(row["cell"]["arm"] for row in rows))
-    for panel, key, title in zip(
-        panels, ("before_accuracy", "test_accuracy"), ("before stage 2", "after stage 2"), strict=True
-    ):
+    share = "R, share of the multiply-adds (exact)"
+    axes = (
+        ("share", "before_accuracy", share, "before stage 2"),
+        ("share", "test_accuracy", share, "after stage 2"),
+        ("latency_ratio", "test_accuracy", "latency, share of the dense network's", "after stage 2"),
+    )
+    for panel, (x, y, label, title) in zip(panels, axes, strict=True):
         for index, name in enumerate(names):
-            there = [row["metrics"] for row in rows if row["cell"]["arm"] == name]
-            points = np.array([(metrics["share"], metrics[key]) for metrics in there])
-            panel.plot(points[:, 0], points[:, 1], "os^v"[index % 4], color=f"C{index % 10}", label=name, alpha=0.7)
-        panel.set(xlabel="R, share of the multiply-adds (exact)", ylabel="test accuracy, %", title=title)
-    panels[1].legend(fontsize=7)
+            there = [row["metrics"] for row in rows if row["cell"]["arm"] == name and x in row["metrics"]]
+            points = np.array([(metrics[x], metrics[y]) for metrics in there]).reshape(-1, 2)
+            style = "os^vDP*"[index % 7]
+            panel.plot(*points.T, style, color=f"C{index % 10}", label=name, alpha=0.6, markersize=5)
+        panel.set(xlabel=label, ylabel="test accuracy, %", title=title)
+    after = [row["metrics"]["test_accuracy"] for row in rows]
+    panels[1].set_ylim(_low(after), max(after) + 0.5)
+    panels[2].sharey(panels[1])
+    panels[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _low(values: Sequence[float]) -> float:
+    """Where an axis starts that leaves out networks that collapsed."""
+    return float(np.percentile(values, 10)) - 2
+
+
+def _search(rows: Rows) -> Figure:
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    shares, multipliers = figure.subplots(1, 2)
+    pairs = list(dict.fromkeys((row["cell"]["arm"], row["cell"]["budget"]) for row in rows))
+    for row in rows:
+        pair, found = (row["cell"]["arm"], row["cell"]["budget"]), row["metrics"]
+        style = {"color": f"C{pairs.index(pair) % 10}", "alpha": 0.6, "linewidth": 1}
+        first = all(pair != (other["cell"]["arm"], other["cell"]["budget"]) for other in rows[: rows.index(row)])
+        name = f"{pair[0]} {pair[1]:g}" if first else None
+        shares.plot(found["search_step"], found["search_R"], label=name, **style)
+        shares.plot(found["search_step"], found["search_target"], color="k", linewidth=0.5, linestyle=":")
+        multipliers.plot(found["search_step"], found["search_z"], **style)
+    shares.set(xlabel="step of stage 1", ylabel="R (dotted: its target)")
+    multipliers.set(xlabel="step of stage 1", ylabel="z, multiplier of the budget", yscale="symlog")
+    shares.legend(fontsize=7)
     return figure
 
 

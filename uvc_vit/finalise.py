@@ -1,5 +1,6 @@
 """From the method's real amounts to a plan of whole groups that meets the budget exactly."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,7 @@ def finalise(
     prune: bool = True,
     skip: bool = True,
     free: Tensor | None = None,
+    align: int = 0,
 ) -> Plan:
     """The plan nearest to the variables whose R is at most `budget` and within one group of it.
 
@@ -87,6 +89,8 @@ def finalise(
         prune: whether groups inside blocks may go.
         skip: whether blocks may go.
         free: blocks that may be touched, (blocks,); None: all.
+        align: where heads are wider, all heads of a block keep equally many value dimensions, a multiple of this, which
+            kernels like: their mean, rounded; 0: every head its own number.
 
     Raises:
         ValueError: where nothing that may go suffices.
@@ -104,8 +108,10 @@ def finalise(
                 choice.blocks[block] = prune and _unpruned(choice, norms, block).cost(costs) <= limit
                 break
     if prune:
+        choice.dims = _even(choice, norms, align, torch.round)
         for kind in ("neurons", "dims", "heads"):
             _remove(choice, kind, norms, costs, limit, free)
+        choice.dims = _even(choice, norms, align, torch.floor)
     if skip:
         for block in gap.argsort(stable=True).tolist():
             if choice.cost(costs) > limit and free[block]:
@@ -115,7 +121,22 @@ def finalise(
     if prune:
         for kind in ("neurons", "dims", "heads"):
             _restore(choice, kind, norms, costs, limit)
+        if not torch.equal(choice.dims, evened := _even(choice, norms, align, torch.floor)):  # single ones came back
+            choice.dims = evened
+            _restore(choice, "neurons", norms, costs, limit)
     return choice.plan(sizes)
+
+
+def _even(choice: Choice, norms: GroupNorms, align: int, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    """The dims, in blocks with wider heads than `align` equally many in each head: their mean, rounded by `whole`."""
+    there, alive = norms.column.isfinite(), choice.heads & choice.dims.any(-1)
+    size = there.sum(-1).amax(-1, keepdim=True)
+    if not align or int(size.max()) <= align:
+        return choice.dims
+    mean = (choice.dims & alive[..., None]).sum((1, 2)) / alive.sum(-1).clamp(min=1)
+    width = (whole(mean[:, None] / align) * align).clamp(min=align).minimum(size)
+    kept = there & (ranks(torch.where(there, -norms.column, torch.inf)) < width[..., None])
+    return torch.where((size > align)[..., None], kept, choice.dims)
 
 
 def _unpruned(choice: Choice, norms: GroupNorms, without: int) -> Choice:

@@ -1,17 +1,25 @@
-"""T2T-ViT-14 and -19, which timm has not: its VisionTransformer with tokens-to-token patch embedding."""
+"""T2T-ViT-14 and -19, which timm has not: its VisionTransformer with tokens-to-token patch embedding.
+
+Known to timm as t2t_vit_14 and t2t_vit_19 once this file is imported.
+"""
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from common.runs import CheckpointError
 
 SIZES = {14: {"embed_dim": 384, "depth": 14, "num_heads": 6}, 19: {"embed_dim": 448, "depth": 19, "num_heads": 7}}
 UNFOLDS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride, padding
 WIDTH, FEATURES = 64, 32
+THEIRS = "tokens_to_token."  # before the patch embedding's names in the authors' checkpoints
 
 
 class Performer(nn.Module):
@@ -97,6 +105,39 @@ def t2t_vit(layers: Literal[14, 19], **options: Any) -> VisionTransformer:
     table = sinusoids(model.patch_embed.num_patches + 1, model.embed_dim)
     model.pos_embed = nn.Parameter(table[None], requires_grad=False)
     return model
+
+
+@register_model
+def t2t_vit_14(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """`t2t_vit` of 14 layers. Raises RuntimeError on `pretrained`: its weights are the user's, see `t2t_weights`."""
+    return _registered(14, pretrained, options)
+
+
+@register_model
+def t2t_vit_19(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """`t2t_vit` of 19 layers, likewise."""
+    return _registered(19, pretrained, options)
+
+
+def _registered(layers: Literal[14, 19], pretrained: bool, options: dict[str, Any]) -> VisionTransformer:
+    if pretrained:
+        raise RuntimeError("no weights to download; give the T2T authors' file as model.weights")
+    ours = {key: value for key, value in options.items() if key not in ("pretrained_cfg", "pretrained_cfg_overlay")}
+    return t2t_vit(layers, **{key: value for key, value in ours.items() if key != "cache_dir"})
+
+
+def t2t_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint of the T2T authors, under our names. Raises CheckpointError where it is none."""
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+        state = tree.get("state_dict_ema") or tree.get("state_dict") or tree
+        return {
+            f"patch_embed.{key.removeprefix(THEIRS)}" if key.startswith(THEIRS) else key: state[key] for key in state
+        }
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # what a damaged or forged file may raise has no common class
+        raise CheckpointError(f"{path}: not a checkpoint of the T2T authors") from error
 
 
 def sinusoids(positions: int, dim: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from uvc_vit.gate_values import noisy_keep
-from uvc_vit.group_norms import GroupNorms, least, ranks
+from uvc_vit.group_norms import Ascending, GroupNorms, ranks
 from uvc_vit.prox import shrinkage
 from uvc_vit.resource import Costs, Resource, resource
 from uvc_vit.variables import Variables
@@ -83,8 +83,9 @@ def released_step(
     Returns:
         R before the step, at the first noise.
     """
-    slope_s = torch.stack([least(norms.head, now.s[:, 0])[1], least(norms.neuron, now.s[:, 1])[1]], dim=1)
-    slope_r = least(norms.column, now.r)[1]
+    heads, neurons, columns = (Ascending.of(part) for part in (norms.head, norms.neuron, norms.column))
+    slope_s = torch.stack([heads.slope(now.s[:, 0]), neurons.slope(now.s[:, 1])], dim=1)
+    slope_r = columns.slope(now.r)
     keep, keep_slope = noisy_keep(now.gates, noise[0], settings.tau)
     found = _whole(costs, now, keep, norms)
     z = now.z * ((found.share - budget).abs() <= settings.z_clip)
@@ -95,9 +96,9 @@ def released_step(
     _step_amounts(now.s, now.y * slope_s + z * found.by_amounts.float(), most, settings.slr)
     _step_amounts(now.r, now.p * slope_r + z * found.by_dims.float(), costs.values.float() - 1, settings.rlr)
 
-    sums = torch.stack([least(norms.head, now.s[:, 0])[0], least(norms.neuron, now.s[:, 1])[0]], dim=1)
+    sums = torch.stack([heads.sum(now.s[:, 0]), neurons.sum(now.s[:, 1])], dim=1)
     now.y.add_(sums, alpha=settings.ylr).clamp_(min=0)
-    now.p.add_(least(norms.column, now.r)[0], alpha=settings.plr).clamp_(min=0)
+    now.p.add_(columns.sum(now.r), alpha=settings.plr).clamp_(min=0)
     after = _whole(costs, now, noisy_keep(now.gates, noise[1], settings.tau)[0], norms)
     now.z.add_(settings.zlr * (after.share - budget)).clamp_(min=0)
     return found.share.item()

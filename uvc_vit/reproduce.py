@@ -4,6 +4,7 @@ One cell is one seed: a dense network is trained, then every arm compresses it, 
 budget. Arms of a seed share network, order and augmentation.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,16 +20,17 @@ from common.config import command, dump
 from common.data import Splits, in_order, load, pixels
 from common.study import Cell, run_study, study_config
 from uvc_vit.audit import skipped_share
+from uvc_vit.choose import build, controller, network
 from uvc_vit.claims import CLAIMS
 from uvc_vit.cost import latency_ratio, training_ratio
 from uvc_vit.eval import evaluate, read_plan
 from uvc_vit.figures import draw
-from uvc_vit.settings import CompressionStudy, Config
-from uvc_vit.train import build, controller, network, train
+from uvc_vit.settings import UNSTRUCTURED, CompressionStudy, Config
+from uvc_vit.train import train
 
 HERE = Path(__file__).parent
 CELL_FIELDS = ("arms", "budget", "wide_arms", "wide_budget", "dense_epochs", "dense_lr", "dense_warmup")
-ONE_SHOT = ("dense", "magnitude", "random", "gradient", "drop-last")
+ONE_SHOT = ("dense", "magnitude", "random", "gradient", "drop-last", *UNSTRUCTURED)
 
 
 def arm_config(config: Config, name: str, budget: float) -> Config:
@@ -67,6 +69,7 @@ def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float
     train(dense, folder / "start", lambda fraction: progress(fraction * study.dense_epochs / whole))
     rows = [{"cell": {"arm": "start", "budget": 1.0}, "metrics": evaluate(folder / "start")}]
     config = replace(config, model=replace(config.model, weights=str(folder / "start" / "model.pt")))
+    logits: dict[int, torch.Tensor] = {}  # every arm asks the same teacher about the same images
     for number, (name, budget) in enumerate(pairs):
         given = whole_blocks(config, splits, budget) if name in ("skip-only", "drop-last") else budget
         home = folder / f"{name}-{budget}"
@@ -74,8 +77,8 @@ def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float
         def within(fraction: float, before: int = number) -> None:
             progress((study.dense_epochs + (before + fraction) * epochs) / whole)
 
-        train(arm_config(config, name, given), home, within)
-        metrics = evaluate(home) | audited(config, splits, home, timed=name == "uvc")
+        train(arm_config(config, name, given), home, within, logits)
+        metrics = evaluate(home) | audited(config, splits, home, trained=name == "uvc") | trajectory(home)
         rows.append({"cell": {"arm": name, "budget": budget}, "metrics": metrics})
     return rows
 
@@ -91,22 +94,46 @@ def whole_blocks(config: Config, splits: Splits, budget: float) -> float:
     return min(1.0, *(share for share in left if share >= budget - 1e-9)) + 1e-9
 
 
-def audited(config: Config, splits: Splits, home: Path, timed: bool) -> dict[str, Any]:
-    """Where the plan of a run saves, and, where asked for, times of its network: the only numbers that may differ."""
+def audited(config: Config, splits: Splits, home: Path, trained: bool) -> dict[str, Any]:
+    """Where the plan of a run saves, and times of its network, in training too where asked for.
+
+    The ratios of times are the only numbers of a study that may differ between two runs of it.
+    """
     plan, model = read_plan(home / "plan.json"), network(config, splits.train)
     there = controller(replace(config, method=replace(config.method, budget=1.0)), model, splits.train, 1)
     found = {"skipped_share": skipped_share(plan, there.tokens, there.embed_macs)}
-    if timed:
-        raw = torch.cat([images for images, _ in islice(in_order(splits.test, 64), 1)])
-        images = config.model.normalize(pixels(raw))
-        found["latency_ratio"] = latency_ratio(model, plan, config.layout, images)
+    raw = torch.cat([images for images, _ in islice(in_order(splits.test, 64), 1)])
+    images = config.model.normalize(pixels(raw))
+    found["latency_ratio"] = latency_ratio(model, plan, config.layout, images)
+    if trained:
         found["stage2_ratio"] = training_ratio(model, plan, config.layout, images)
     return found
 
 
+def trajectory(home: Path, points: int = 60) -> dict[str, list[float]]:
+    """R, z and R's target over stage 1, at most `points` of each, with their steps; nothing without a stage 1."""
+    lines = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["split"] == "search"]
+    lines = lines[:: max(1, -(-len(lines) // points))]
+    return {f"search_{key}": [line[key] for line in lines] for key in ("step", "R", "z", "target")} if lines else {}
+
+
+def whole_grid(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the seeds `full`, of `make ... SEEDS=full`, put as the scale demo_full."""
+    there = list(arguments)
+    if "--study.seeds" in there and there[there.index("--study.seeds") + 1 :][:1] == ["[full]"]:
+        place = there.index("--study.seeds")
+        del there[place : place + 2]
+        if "--scale" in there:
+            place = there.index("--scale")
+            del there[place : place + 2]
+        there += ["--scale", "demo_full"]
+    return there
+
+
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
-    config = study_config(Config, HERE / "configs", arguments)
+    config = study_config(Config, HERE / "configs", whole_grid(sys.argv[1:] if arguments is None else arguments))
     load(config.data)  # once, before any cell: a download happens here, a data set that is not there ends here
     cells = [Cell({}, seed) for seed in config.study.seeds]
     kept = {field: getattr(config.study, field) for field in CELL_FIELDS}

@@ -8,10 +8,12 @@ from common.data import DataConfig
 from common.runs import RunConfig
 from common.study import StudyConfig
 from common.vit import ViTConfig, ViTTrainConfig
+from uvc_vit import models  # noqa: F401  makes its networks known to timm, whose names model.name takes
 from uvc_vit.distill import KDConfig
 from uvc_vit.uvc_config import UVCConfig
 
-Arm = Literal["dense", "uvc", "magnitude", "random", "gradient", "drop-last"]
+Arm = Literal["dense", "uvc", "magnitude", "random", "gradient", "drop-last", "omp", "taylor", "gmp"]
+UNSTRUCTURED = ("omp", "taylor", "gmp")  # single weights go: no multiply-adds are saved
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class ModelConfig(ViTConfig):
     """The network that is compressed."""
 
     weights: str = ""
-    """model.pt of a finished dense run to start from; empty: random weights, or timm's where model.pretrained"""
+    """to start from: model.pt of a finished dense run, or the T2T authors' .pth.tar; empty: random weights, or timm's
+    where model.pretrained"""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class SearchConfig:
     warmup_steps: int = 0
     """over which lr rises, before it falls as a cosine"""
     accumulate: int = 4
-    """of method gradient: batches over which gradients are scored"""
+    """of arms gradient and taylor: batches over which gradients are scored"""
 
     def __post_init__(self) -> None:
         require(self.epochs >= 0, "search.epochs", self.epochs, "at least 0")
@@ -62,6 +65,7 @@ STUDY_ARMS = (
     "drop-last",
     "dense",
     "released",
+    *UNSTRUCTURED,
 )
 
 
@@ -76,7 +80,7 @@ class CompressionStudy(StudyConfig):
     """at `wide_budget`"""
     wide_budget: float = 0.5
     dense_epochs: int = 24
-    """of training the network that is compressed"""
+    """of training the network that is compressed; 0: it stays as it starts"""
     dense_lr: float = 2e-3
     dense_warmup: float = 2.0
     """epochs"""
@@ -89,7 +93,7 @@ class CompressionStudy(StudyConfig):
             require(known, f"study.{name}", arms, f"some of {', '.join(STUDY_ARMS)}, without repetition")
         for name in ("budget", "wide_budget"):
             require(0 < getattr(self, name) <= 1, f"study.{name}", getattr(self, name), "in (0, 1]")
-        require(self.dense_epochs >= 1, "study.dense_epochs", self.dense_epochs, "at least 1")
+        require(self.dense_epochs >= 0, "study.dense_epochs", self.dense_epochs, "at least 0")
         require(self.dense_lr > 0, "study.dense_lr", self.dense_lr, "positive")
 
     def pairs(self) -> list[tuple[str, float]]:
@@ -104,7 +108,8 @@ class Config:
     seed: int = 0
     """of the weights, the order of the images, augmentation and the gates' noise"""
     arm: Arm = "uvc"
-    """dense: nothing goes; magnitude, random, gradient: one shot by that score; drop-last: the last blocks go"""
+    """dense: nothing goes; magnitude, random, gradient: groups go at once by that score; drop-last: the last blocks go;
+    omp, taylor: single weights go at once, by magnitude or by the loss's first-order change; gmp: gradually"""
     layout: Literal["padded", "grouped"] = "grouped"
     """of heads with unequal value dimensions, see slim.py; padded computes more than the budget says"""
     data: DataConfig = field(default_factory=lambda: DataConfig(val=0.0))

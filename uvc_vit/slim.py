@@ -23,8 +23,8 @@ def slim(model: nn.Module, plan: Plan, layout: Layout = "padded") -> nn.Module:
         model: the plan's, masked or not.
         plan: what stays.
         layout: "padded": all heads of a block get as many value dimensions as its widest, the missing ones zero, and
-            share one call of fused attention (zeros stay zero in training: each side of the product has gradient 0);
-            "grouped": heads sorted by their number of value dimensions, one call for each number.
+            need no slicing (zeros stay zero in training: each side of the product has gradient 0); "grouped": heads
+            sorted by their number of value dimensions, none of which is only padding.
 
     Raises:
         ValueError: where the plan is for another model, or layout is unknown.

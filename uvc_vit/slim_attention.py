@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class SlimAttention(nn.Module):
     """timm's `Attention` after pruning: same signature, same names of its parts.
 
-    Rows of `qkv`: queries of all heads, keys of all heads, values head by head. Heads that follow each other with the
-    same number of value dimensions share one call of fused attention.
+    Rows of `qkv`: queries of all heads, keys of all heads, values head by head. One call of fused attention serves all
+    heads: it is fast where queries and values are equally wide, so that values are filled up with zeros inside of it.
 
     Args:
         qkv: (dim) -> (2 heads * head_dim + sum of v_dims).
@@ -42,16 +42,23 @@ class SlimAttention(nn.Module):
         q, k, v = self.qkv(x).split([width, width, sum(self.v_dims)], dim=-1)
         q = self.q_norm(q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
         k = self.k_norm(k.unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
-        outputs, head, start = [], 0, 0
-        for size, count in self.runs:
-            part = v[..., start : start + count * size].unflatten(-1, (count, size)).transpose(1, 2)
-            heads = slice(head, head + count)
-            outputs.append(self._attend(q[:, heads], k[:, heads], part).transpose(1, 2).flatten(2))
-            head, start = head + count, start + count * size
+        outputs = self._fused(q, k, self._heads(v)) if self.fused_attn else self._plain(q, k, self._heads(v))
         return self.proj_drop(self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.fused_attn:
-            drop = self.attn_drop.p if self.training else 0.0
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
-        return self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(-1)) @ v
+    def _heads(self, v: Tensor) -> list[Tensor]:
+        """(batch, tokens, sum of v_dims) as one (batch, tokens, heads, dims) for each run of equally wide heads."""
+        parts = v.split([size * count for size, count in self.runs], dim=-1)
+        return [part.unflatten(-1, (count, size)) for part, (size, count) in zip(parts, self.runs, strict=True)]
+
+    def _fused(self, q: Tensor, k: Tensor, values: list[Tensor]) -> list[Tensor]:
+        filled = [F.pad(part, (0, self.head_dim - part.shape[-1])) for part in values]
+        v = (filled[0] if len(filled) == 1 else torch.cat(filled, dim=2)).transpose(1, 2)
+        drop = self.attn_drop.p if self.training else 0.0
+        heads = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale).transpose(1, 2)
+        runs = heads.split([count for _, count in self.runs], dim=2)
+        return [part[..., :size].flatten(2) for part, (size, _) in zip(runs, self.runs, strict=True)]
+
+    def _plain(self, q: Tensor, k: Tensor, values: list[Tensor]) -> list[Tensor]:
+        maps = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(-1))
+        runs = maps.split([count for _, count in self.runs], dim=1)
+        return [(part @ v.transpose(1, 2)).transpose(1, 2).flatten(2) for part, v in zip(runs, values, strict=True)]

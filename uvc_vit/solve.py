@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from uvc_vit.gate_values import mean_keep
-from uvc_vit.group_norms import GroupNorms, least, ranks
+from uvc_vit.group_norms import Ascending, GroupNorms, ranks
 from uvc_vit.resource import Costs, resource, share_left
 from uvc_vit.uvc_config import UVCConfig
 from uvc_vit.variables import Variables
 
 TUNED_FOR = 200  # steps of stage 1 that the step sizes are meant for
-SPLITS, ROUNDS = 64, 5  # of the interval of z, 65^5 > 2^30
+SPLITS, ROUNDS = 256, 4  # of the interval of z, 257^4 > 2^30
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ def solve_step(
     scale = TUNED_FOR / settings.stage1_steps
     alive = ranks(norms.head) >= now.s[:, :1].ceil()
     ub = torch.stack([costs.heads, costs.hidden], dim=1).float().clamp(min=1)
-    slope_s = torch.stack([least(norms.head, now.s[:, 0])[1], least(norms.neuron, now.s[:, 1])[1]], dim=1)
-    slope_r = least(norms.column, now.r)[1]
+    heads, neurons, columns = (Ascending.of(part) for part in (norms.head, norms.neuron, norms.column))
+    slope_s = torch.stack([heads.slope(now.s[:, 0]), neurons.slope(now.s[:, 1])], dim=1)
+    slope_r = columns.slope(now.r)
     dims = costs.values.float().clamp(min=1)
     keep, keep_slope = mean_keep(now.gates)
     start = resource(costs, now.s, now.r, _kept(keep, settings, free), alive)
@@ -102,9 +103,9 @@ def solve_step(
     s, r, gates, after = moved(z)
     now.s.copy_(s), now.r.copy_(r), now.gates.copy_(gates)
     if settings.prune:
-        sums = torch.stack([least(norms.head, now.s[:, 0])[0], least(norms.neuron, now.s[:, 1])[0]], dim=1)
+        sums = torch.stack([heads.sum(now.s[:, 0]), neurons.sum(now.s[:, 1])], dim=1)
         now.y.add_(settings.ey * scale * sums / ub)
-        now.p.add_(settings.ep * scale * least(norms.column, now.r)[0] / dims)
+        now.p.add_(settings.ep * scale * columns.sum(now.r) / dims)
     return Outcome(after.item(), z.item())
 
 

@@ -1,10 +1,14 @@
 """Unstructured baselines: scores of single weights, and the gradual schedule. They save no FLOPs of dense kernels."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
-from common.masks import Masks, keep_top, saliency_scores
+from common.masks import Masks, keep_top, prunable_weights, saliency_scores
+
+PRUNINGS = 20  # of gradual pruning, from a sixth of training to its half: steps 62,500 to 187,500 of 375,000
 
 
 def magnitude_mask(weights: Mapping[str, Tensor], density: float) -> Masks:
@@ -45,3 +49,38 @@ def gradual_sparsity(step: int, final: float, start: int, every: int, times: int
     """
     done = min(max((step - start) / (every * times), 0), 1)
     return final * (1 - (1 - done) ** 3)
+
+
+@dataclass
+class Pruning:
+    """Masks on a model in training, fixed, or from `start` on, `times` times, ever sparser down to `density`."""
+
+    model: nn.Module
+    masks: Masks
+    density: float = 1.0
+    start: int = 0
+    every: int = 0
+    """steps between two prunings; 0: none"""
+    times: int = 0
+    detach: Callable[[], None] = lambda: None
+
+    @classmethod
+    def gradual(cls, model: nn.Module, density: float, steps: int) -> "Pruning":
+        """By magnitude down to `density` in `steps` steps of training."""
+        weights = prunable_weights(model, (nn.Linear, nn.Conv2d))
+        times = max(min(PRUNINGS, steps // 3), 1)
+        return cls(model, Masks.ones_like(weights), density, steps // 6, max(steps // 3 // times, 1), times)
+
+    def attach(self, optimizer: optim.Optimizer) -> None:
+        """Hold what is masked at zero from now on; again after the masks have changed."""
+        self.detach()
+        self.detach = self.masks.attach(self.model, optimizer)
+
+    def after(self, step: int, optimizer: optim.Optimizer) -> None:
+        """Prune further if it is due after so many steps."""
+        done = step - self.start
+        if self.every and done > 0 and done % self.every == 0 and done <= self.every * self.times:
+            sparsity = gradual_sparsity(step, 1 - self.density, self.start, self.every, self.times)
+            weights: Mapping[str, Any] = {name: self.model.get_parameter(name) for name in self.masks}
+            self.masks = magnitude_mask(weights, 1 - sparsity)
+            self.attach(optimizer)

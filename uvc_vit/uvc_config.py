@@ -2,11 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from common.config import require
+from common.config import load, require
 from uvc_vit.released import ReleasedSettings
-from uvc_vit.resource import Accounting
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,10 @@ class UVCConfig:
     """share of the dense model's cost that may stay, classifier not counted"""
     mode: Literal["solve", "fixed", "released"] = "solve"
     """solve: z is solved for at each step; fixed: z by damped dual ascent; released: the authors' code, for audits"""
-    accounting: Accounting = "exact"
-    """exact: removed value dimensions leave qkv too; released: the authors' count"""
+    accounting: Literal["exact", "released", "latency"] = "exact"
+    """exact: removed value dimensions leave qkv too; released: the authors' count; latency: times of `table`"""
+    table: str = ""
+    """of accounting latency: what python -m uvc_vit.latency wrote"""
     prune: bool = True
     """whether heads, value dimensions and neurons may go"""
     skip: bool = True
@@ -28,6 +30,8 @@ class UVCConfig:
     """first steps, in which every block runs by half and nothing but the weights moves; the authors': 5 epochs"""
     protect_blocks: list[int] = field(default_factory=list)
     """blocks that are neither pruned nor skipped"""
+    align: int = 8
+    """in heads wider than this, all of a block keep equally many value dimensions, a multiple of it; 0: any number"""
     es: float = 0.004
     """step of the amounts' shares"""
     ey: float = 0.2
@@ -54,11 +58,19 @@ class UVCConfig:
     released: ReleasedSettings = field(default_factory=ReleasedSettings)
     """of mode released"""
 
+    @classmethod
+    def from_yaml(cls, path: Path) -> "UVCConfig":
+        """The settings in a file, defaults where it is silent. Raises ConfigError naming what cannot be."""
+        return load(cls, path)
+
     def __post_init__(self) -> None:
         require(0 < self.budget <= 1, "method.budget", self.budget, "in (0, 1]")
         require(self.prune or self.skip or self.budget == 1, "method.prune", self.prune, "true where skip is false")
+        timed = self.accounting == "latency"
+        require(timed == bool(self.table), "method.table", self.table, "set for accounting latency, and only for it")
         require(self.stage1_steps >= 1, "method.stage1_steps", self.stage1_steps, "at least 1")
         require(self.warmup_steps >= 0, "method.warmup_steps", self.warmup_steps, "at least 0")
+        require(self.align >= 0, "method.align", self.align, "at least 0")
         for name in ("es", "ey", "ep", "eg", "eta_p", "task_weight", "resource_weight", "ez", "mu"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"method.{name}", value, "at least 0 and finite")

@@ -10,7 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.config import ConfigError
+from common.data import ImageSet
+from common.runs import CheckpointError
 from uvc_vit.adapter import ViTAdapter
+from uvc_vit.choose import build, network
 from uvc_vit.export import export
 from uvc_vit.macs import block_macs, count_flops, macs
 from uvc_vit.masked import apply_plan
@@ -18,6 +22,7 @@ from uvc_vit.models import Performer, sinusoids, t2t_vit
 from uvc_vit.slim import slim
 from uvc_vit.tests import nets
 from uvc_vit.tests.test_slim import random_plan
+from uvc_vit.tests.test_train import config
 from uvc_vit.verify import verify
 
 SMALL: dict[str, Any] = {"img_size": 32, "num_classes": 5, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -65,6 +70,28 @@ def test_t2t_can_be_slimmed() -> None:
     verify(model, smaller, nets.images(3, 32))  # [12]
     assert count_flops(smaller, (32, 32)) == 2 * macs(smaller, (32, 32))
     assert F.cross_entropy(model.train()(nets.images(3, 32)), torch.arange(3)).isfinite()
+
+
+def test_t2t_is_chosen_by_name_and_reads_the_authors_names(tmp_path: Path) -> None:
+    options = ("--model.name", "t2t_vit_14", "--model.depth", 1, "--arm", "dense", "--data.fraction", 0.02)
+    data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), 5)
+    first, other = (build(config(*options), data) for _ in range(2))
+    names = {key.replace("patch_embed.", "tokens_to_token."): value for key, value in first.state_dict().items()}
+    assert sum(key.startswith("tokens_to_token.attention1.") for key in names) > 5
+    path = tmp_path / "t2t.pth.tar"
+    torch.save({"state_dict_ema": names}, path)
+    loaded = network(config(*options, "--model.weights", path), data)
+    assert all(map(torch.equal, loaded.state_dict().values(), first.state_dict().values()))
+    assert not all(map(torch.equal, loaded.state_dict().values(), other.state_dict().values()))
+    for content, message in ((b"no", "not a checkpoint of the T2T authors"), (None, "no such checkpoint")):
+        path.write_bytes(content) if content else path.unlink()
+        with pytest.raises(CheckpointError, match=message):
+            network(config(*options, "--model.weights", path), data)
+    torch.save({"state_dict": {"w": torch.ones(1)}}, path)
+    with pytest.raises(CheckpointError, match="not the weights of this run's network"):
+        network(config(*options, "--model.weights", path), data)
+    with pytest.raises(ConfigError, match="no weights to download"):
+        build(config(*options, "--model.pretrained", "true"), data)
 
 
 # Export

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,11 @@ from uvc_vit.adapter import BlockDims
 from uvc_vit.audit import log_error, skipped_share
 from uvc_vit.claims import CLAIMS, overshoot
 from uvc_vit.plan import Plan
-from uvc_vit.reproduce import HERE, arm_config, reproduce
-from uvc_vit.settings import STUDY_ARMS, Config
+from uvc_vit.reproduce import HERE, arm_config, reproduce, trajectory, whole_grid
+from uvc_vit.settings import STUDY_ARMS, UNSTRUCTURED, Config
 
 PAIRS = [("start", 1.0), ("uvc", 0.5), ("skip-only", 0.5), ("magnitude", 0.5)]
-PAIRS += [("uvc", 0.7), ("dense", 0.7), ("released", 0.7)]
+PAIRS += [("dense", 0.7), ("released", 0.7)]
 
 
 class Study(NamedTuple):
@@ -57,7 +58,7 @@ def test_arms_of_groups_meet_the_budget_and_arms_of_blocks_get_at_least_as_much(
 
 
 def test_the_report_is_whole_and_judges_every_claim(study: Study) -> None:
-    check_report(study.place, CLAIMS, ("accuracy", "plans"))
+    check_report(study.place, CLAIMS, ("accuracy", "plans", "search"))
 
 
 def test_a_finished_study_is_not_run_again(study: Study) -> None:
@@ -90,9 +91,29 @@ def test_an_arm_differs_from_the_full_method_only_in_its_own_setting(name: str) 
     assert differing == {"budget": 0.4, **expected}
     kd = {"no-kd": ("none", "batchmean"), "kd-numel": ("soft", "numel")}.get(name, ("soft", "batchmean"))
     assert (found.kd.kind, found.kd.reduction) == kd
-    arms = ("dense", "magnitude", "random", "gradient", "drop-last")
+    arms = ("dense", "magnitude", "random", "gradient", "drop-last", *UNSTRUCTURED)
     assert found.arm == (name if name in arms else "uvc")
     assert (found.train, found.search, found.seed) == (config.train, config.search, config.seed)
+
+
+def test_seeds_full_stand_for_the_whole_grid() -> None:
+    make = ["--scale", "demo", "--study.workers", "2", "--study.seeds", "[full]", "--train.lr", "1e-3"]
+    assert whole_grid(make) == ["--study.workers", "2", "--train.lr", "1e-3", "--scale", "demo_full"]
+    assert whole_grid(make[:4]) == make[:4] and whole_grid(["--study.seeds", "[0,1]"]) == ["--study.seeds", "[0,1]"]
+    config = parse(Config, scale_arguments(HERE / "configs", whole_grid(make)), prog="reproduce")
+    assert set(config.study.arms) | set(config.study.wide_arms) == set(STUDY_ARMS) and config.train.lr == 1e-3
+
+
+def test_rows_keep_the_course_of_stage_1(study: Study, tmp_path: Path) -> None:
+    for row in rows(study.place):
+        searched = row["cell"]["arm"] in ("uvc", "skip-only", "released")
+        assert ("search_R" in row["metrics"]) == searched
+        if searched:
+            assert row["metrics"]["search_step"] == [1, 2, 3, 4, 5] and len(row["metrics"]["search_z"]) == 5
+    lines = [{"step": step, "split": "search", "R": 1 - step / 1000, "z": 0, "target": 0.5} for step in range(1, 151)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = trajectory(tmp_path, points=60)
+    assert found["search_step"] == list(range(1, 151, 3)) and found["search_R"][1] == 1 - 4 / 1000
 
 
 def test_the_authors_log_is_that_of_skipped_blocks() -> None:

@@ -111,6 +111,26 @@ def test_every_kind_of_vision_transformer_can_be_slimmed(name: str, layout: Layo
     assert count_flops(smaller, (side, side)) == 2 * macs(smaller, (side, side))  # [14]
 
 
+def test_fused_attention_sees_values_as_wide_as_queries_and_equals_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nets.vit()
+    smaller = slim(model, changed(model, keep_dim=((3,), (0, 2, 5))), "grouped")
+    fused, widths = nn.functional.scaled_dot_product_attention, []
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        widths.append((q.shape[-1], v.shape[-1]))
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
+    outputs = smaller(nets.images())
+    assert set(widths) == {(8, 8)}  # its fast form needs that
+    for block in smaller.blocks:
+        block.attn.fused_attn = False
+    torch.testing.assert_close(smaller(nets.images()), outputs, rtol=0, atol=1e-5)
+    assert len(widths) == 3
+
+
 def test_a_slim_model_can_be_slimmed_again() -> None:
     model = nets.vit(depth=4)  # [12], [26]
     for layout in ("padded", "grouped"):
@@ -235,6 +255,11 @@ def test_plans_survive_json_and_equal_plans_have_equal_hashes() -> None:
         ('"keep_mlp"', '"keep_it"', "not a plan: KeyError"),
         ("{", "[" * 100_000, "not a plan"),
         ("{", "", "not a plan: JSONDecodeError"),
+        ('"dim":16', '"dim":NaN', "whole"),
+        ('"dim":16', '"dim":true', "whole"),
+        ('"dim":16', '"dim":' + "9" * 5000, "limit"),
+        ('"v_dims":[8,8]', '"v_dims":8', "not a plan: TypeError"),
+        ('"sizes":[{', '"sizes":[[],{', "not a plan: TypeError"),
     ],
 )
 def test_a_damaged_plan_is_refused_by_block_and_field(old: str, new: str, message: str) -> None:

@@ -211,3 +211,35 @@ def test_deit_tiny_with_random_weights_meets_half() -> None:
     plan = finalise(now, Relative.of(norms)(norms), costs, adapter.dims, 0.5)
     assert 0.4985 < plan.share(tokens, embed) <= 0.5025
     assert all(sizes.heads >= 1 and sizes.hidden >= 1 for sizes in plan.left())
+
+
+@pytest.mark.parametrize("budget", [0.9, 0.6, 0.3])
+def test_aligned_heads_of_a_block_keep_equally_many_dimensions_within_one_neuron_of_the_budget(budget: float) -> None:
+    adapter = ViTAdapter(nets.vit(depth=4, dim=128, heads=4))  # heads of 32
+    tokens, embed = adapter.tokens((16, 16)), adapter.embed_macs((16, 16))
+    costs, norms = mac_costs(adapter.dims, tokens, embed), group_norms(adapter)
+    now = Variables.start(costs)
+    now.r.copy_(torch.tensor([[0.0, 3, 6, 9], [14, 18, 19, 19], [31, 31, 31, 31], [9, 3, 1, 0]]))
+    now.s[1, 0] = 1
+    plan = finalise(now, Relative.of(norms)(norms), costs, adapter.dims, budget, align=8)
+    neuron = (costs.neuron / costs.dense).max().item()
+    whole = all(len(neurons) == 256 for neurons in plan.keep_mlp)  # then only steps of 8 dimensions are left to return
+    step = (costs.dim / costs.dense).max().item() * 4 * 8 if whole else neuron
+    assert budget - step < plan.share(tokens, embed) <= budget
+    widths = [{len(plan.keep_dim[block][head]) for head in plan.heads(block)} for block in range(4)]
+    assert all(len(found) == 1 and max(found) % 8 == 0 for found in widths)
+    if budget == 0.6:
+        assert widths == [{24}, {16}, {8}, {32}]  # means 27.5, about 14.5, 1, 28.75
+        for block, kept in enumerate(plan.keep_dim):
+            largest = norms.column[block].argsort(descending=True)
+            for head in plan.heads(block):
+                width = len(kept[head])
+                assert set(kept[head]) == set(largest[head, :width].tolist())
+
+
+def test_heads_no_wider_than_the_alignment_keep_their_own_numbers() -> None:
+    trial = Trial()
+    trial.now.r.copy_(torch.tensor([[0.0, 1, 2, 3]] * 4))
+    arguments = (trial.now, trial.norms(), trial.costs, trial.adapter.dims, 0.6)
+    plan = finalise(*arguments, align=8)
+    assert plan == finalise(*arguments) and len({len(dims) for dims in plan.keep_dim[0]}) == 4

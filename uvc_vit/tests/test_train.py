@@ -25,14 +25,14 @@ from common.tests.paper_checks import (
 )
 from uvc_vit import eval as evaluation
 from uvc_vit import train as training
-from uvc_vit.settings import Config
+from uvc_vit.settings import UNSTRUCTURED, Config
 from uvc_vit.train import train
 
 SCRIPT = Path(training.__file__)
 CONFIGS = SCRIPT.parent / "configs"
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["__main__", "uvc_vit.eval", "torch.utils.tensorboard"])
-ARMS = ("dense", "uvc", "magnitude", "random", "gradient", "drop-last")
+ARMS = ("dense", "uvc", "magnitude", "random", "gradient", "drop-last", *UNSTRUCTURED)
 
 
 def arguments(*options: object) -> list[str]:
@@ -58,10 +58,14 @@ def test_every_arm_ends_within_the_budget_by_torchs_count(arm: str, tmp_path: Pa
     train(config("--arm", arm, "--method.budget", 0.6), tmp_path / "run", quiet)
     metrics = evaluation.evaluate(tmp_path / "run")
     assert metrics["macs"] == metrics["counted_macs"]
-    assert metrics["share"] == 1 if arm == "dense" else metrics["share"] <= 0.6
-    assert arm in ("dense", "drop-last") or metrics["share"] > 0.58
-    assert (metrics["parameter_share"] < 1) == (arm != "dense")
-    assert len(losses(tmp_path / "run")) == 2 - (arm == "dense")
+    whole = arm in ("dense", *UNSTRUCTURED)
+    assert metrics["share"] == 1 if whole else metrics["share"] <= 0.6
+    assert whole or arm == "drop-last" or metrics["share"] > 0.58
+    assert (metrics["parameter_share"] < 1) == (not whole)
+    assert metrics["density"] == pytest.approx(0.6 if arm in UNSTRUCTURED else 1, abs=1e-3)
+    assert len(losses(tmp_path / "run")) == 2
+    before = load_checkpoint(tmp_path / "run" / "before.pt")["model"]["blocks.0.mlp.fc1.weight"]
+    assert (before == 0).any() == (arm in ("omp", "taylor"))  # gone before stage 2; gmp begins in it
 
 
 @pytest.mark.parametrize(("name", "left"), [("prune", 3), ("skip", None)])
@@ -98,6 +102,18 @@ def test_a_second_run_of_the_same_configuration_is_the_same(finished: Path, tmp_
     assert losses(tmp_path / "other") != losses(finished)
 
 
+def test_a_teacher_that_was_asked_before_is_not_asked_again_and_changes_nothing(finished: Path, tmp_path: Path) -> None:
+    logits: dict[int, torch.Tensor] = {}
+    train(config("--arm", "magnitude"), tmp_path / "one", quiet, logits)
+    assert sorted(logits) == list(range(10))
+    asked = {step: value.clone() for step, value in logits.items()}
+    train(config(), tmp_path / "run", quiet, logits)
+    assert all(torch.equal(logits[step], value) for step, value in asked.items())
+    assert (tmp_path / "run" / "model.pt").read_bytes() == (finished / "model.pt").read_bytes()
+    train(config(), tmp_path / "other", quiet, dict.fromkeys(range(10), torch.randn(40, 10)))
+    assert (tmp_path / "other" / "model.pt").read_bytes() != (finished / "model.pt").read_bytes()
+
+
 # Disturbed
 
 
@@ -113,6 +129,27 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(finished: Path,
     train(config("--run.checkpoint_every", 1), run, quiet)
     for name in ("model.pt", "before.pt", "plan.json", "metrics.jsonl", "done.json"):
         assert (run / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.mark.parametrize("arm", ["gmp", "taylor", "gradient"])
+def test_a_baseline_that_stops_in_the_middle_ends_as_an_undisturbed_one(arm: str, tmp_path: Path) -> None:
+    options = config("--arm", arm, "--run.checkpoint_every", 1, "--method.budget", 0.6)  # 10 steps, 3 prunings
+
+    def stop(fraction: float) -> None:
+        if fraction == 0.5:
+            raise Stopped
+
+    train(options, tmp_path / "whole", quiet)
+    with pytest.raises(Stopped):
+        train(options, tmp_path / "run", stop)
+    assert not (tmp_path / "run" / "done.json").exists() and (tmp_path / "run" / "checkpoint.pt").exists()
+    train(options, tmp_path / "run", quiet)
+    for name in ("model.pt", "before.pt", "plan.json", "metrics.jsonl", "done.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_two_ranks_make_the_plan_of_one_process(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""The controller's step against its loop form, stage 2 on the slim model against the masked one, and latency.
+
+Processor time of one thread, as ratios in one run. Fails where the step is less than 25 times (DeiT-T) or 8 times
+(DeiT-B) as fast as loops over columns, where stage 2 at half of the multiply-adds is less than 0.8 / R times as fast
+as with masks, or where the slim DeiT-T takes more than R + 0.15 of the dense one's time. `--full` adds DeiT-S.
+
+python uvc_vit/benchmarks/controller_step.py
+"""
+
+import copy
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from uvc_vit.adapter import ViTAdapter
+from uvc_vit.controller import UVCController
+from uvc_vit.cost import latency_ratio, training_ratio
+from uvc_vit.gate_values import gumbel
+from uvc_vit.latency import measure
+from uvc_vit.tests.plain import Loops
+from uvc_vit.uvc_config import UVCConfig
+
+SIZE = (224, 224)
+LEAST = {"deit_tiny_patch16_224": 25.0, "deit_base_patch16_224": 8.0}
+LEAST_STAGE2, MOST_LATENCY = 0.8, 0.15
+STEPS, LOOP_STEPS, SEARCH = 25, 3, 60
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median processor time of one call, after a warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return median(times[1:])
+
+
+def step_row(table: Table, name: str) -> float:
+    """Add the times of one model; returns how many times as fast as loops the released step is."""
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    released = UVCController(ViTAdapter(model), UVCConfig(mode="released", accounting="released"), SIZE)
+    solve = UVCController(ViTAdapter(model), UVCConfig(), SIZE)
+    loops, noise = Loops(ViTAdapter(model), released.costs, 0.5), gumbel((2, len(model.blocks), 2), None)
+    task = torch.zeros_like(noise[0])
+    looped = seconds(lambda: loops.step(1e-4, task, noise), LOOP_STEPS)
+    own, solved = (seconds(lambda method=method: method.step(1e-4), STEPS) for method in (released, solve))
+    times = (f"{1e3 * spent:.1f} ms" for spent in (looped, own, solved))
+    table.add_row(name, *times, f"{looped / own:.0f}", f"{looped / solved:.0f}")
+    return looped / own
+
+
+def half(wrong: list[str]) -> Table:
+    """DeiT-T at budget 0.5, of multiply-adds or of measured time, with plans of the method itself on random weights."""
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224")
+    images = torch.randn(8, 3, *SIZE)
+    measured = measure(model, images, 10)
+    title = f"DeiT-T at half, a block's time fitted within {measured.error:.0%}"
+    table = Table("budget of", "R", "layout", "batch", "latency, slim / dense", "stage 2, slim / masked", title=title)
+    for accounting in ("exact", "latency"):
+        adapter = ViTAdapter(model)
+        costs = measured.costs(adapter) if accounting == "latency" else None
+        options = UVCConfig(stage1_steps=SEARCH, accounting=accounting, table="" if costs is None else "measured")
+        method = UVCController(adapter, options, SIZE, costs)
+        weights = copy.deepcopy(model.state_dict())
+        for _ in range(SEARCH):
+            method.step()
+        plan = method.finalise()
+        model.load_state_dict(weights)
+        share = method.resource(plan)
+        for layout in ("grouped", "padded") if accounting == "exact" else ("grouped",):
+            for batch, repeats in ((1, 20), (8, 10)):
+                latency = latency_ratio(model, plan, layout, images[:batch], repeats)
+                speed = training_ratio(model, plan, layout, images[:batch], repeats // 2)
+                table.add_row(accounting, f"{share:.3f}", layout, str(batch), f"{latency:.2f}", f"{speed:.2f}")
+                allowed = 0.5 + MOST_LATENCY if accounting == "latency" else share + MOST_LATENCY
+                if layout == "grouped" and latency > allowed:
+                    wrong.append(
+                        f"latency at batch {batch} must be at most {allowed:.3f} ({accounting}), got {latency:.3f}"
+                    )
+                if layout == "grouped" and accounting == "exact" and batch > 1 and speed * share < LEAST_STAGE2:
+                    wrong.append(f"stage 2 must be {LEAST_STAGE2} / R times as fast, got {speed * share:.2f} / R")
+    return table
+
+
+def main() -> int:
+    """Print the tables; returns 1 where a bound is missed."""
+    torch.set_num_threads(1)
+    wrong: list[str] = []
+    names = [*LEAST, *(["deit_small_patch16_224"] if "--full" in sys.argv else [])]
+    table = Table("model", "loops", "released", "solve", "loops / released", "loops / solve", title="controller's step")
+    for name in names:
+        ratio, least = step_row(table, name), LEAST.get(name, 1.0)
+        if ratio < least:
+            wrong.append(f"the step of {name} must be {least} times as fast as loops, got {ratio:.1f}")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    console.print(half(wrong))
+    for line in wrong:
+        print(f"missed: {line}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
