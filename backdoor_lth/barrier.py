@@ -1,20 +1,22 @@
 """The Trojan score: the error barrier on the line between a ticket and the same ticket fine-tuned (Sec. 4; spec c5)."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from backdoor_lth.compaction import compact
+from backdoor_lth.compaction import compact_states
 from backdoor_lth.pruning import masked
 from common.masks import Masks
 
 State = Mapping[str, Tensor]
 Batch = tuple[Tensor, Tensor]
+Network = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,24 @@ def error_barrier(
     if not batches or not all(len(y) for _, y in batches):
         raise ValueError("batches must hold images, got none or an empty one")
     alphas = [index / (points - 1) for index in range(points)]
-    training, values = model.training, []
+    states = _line(state_a, state_b, alphas, aliased)
+    training = model.training
     model.eval()
     try:
-        for alpha in alphas:
-            state = interpolated(state_a, state_b, alpha)
-            if aliased:
-                state_b = state
-            values.append(_errors(model, state, batches, compacted))
+        networks: Iterable[Network] = (partial(_called, model, state) for state in states)
+        if compacted:
+            networks = compact_states(model, batches[0][0].shape[1:], states)
+        values = [_errors(network, batches) for network in networks]
     finally:
         model.train(training)
     return Barrier(alphas, [error for error, _ in values], [loss for _, loss in values])
+
+
+def _line(state_a: State, state_b: State, alphas: Iterable[float], aliased: bool) -> Iterator[dict[str, Tensor]]:
+    for alpha in alphas:
+        state = interpolated(state_a, state_b, alpha)
+        state_b = state if aliased else state_b
+        yield state
 
 
 def interpolated(state_a: State, state_b: State, alpha: float) -> dict[str, Tensor]:
@@ -101,17 +110,17 @@ def interpolated(state_a: State, state_b: State, alpha: float) -> dict[str, Tens
     }
 
 
+def _called(model: nn.Module, state: dict[str, Tensor], x: Tensor) -> Tensor:
+    logits: Tensor = functional_call(model, state, (x,))
+    return logits
+
+
 @torch.no_grad()
-def _errors(model: nn.Module, state: State, batches: Sequence[Batch], compacted: bool) -> tuple[float, float]:
+def _errors(network: Network, batches: Sequence[Batch]) -> tuple[float, float]:
     """Share of wrong answers and mean cross-entropy over all batches."""
-    folded = None
-    if compacted:
-        folded = copy.deepcopy(model)
-        folded.load_state_dict(state)
-        folded = compact(folded, batches[0][0].shape[1:])
     wrong, loss, count = 0, 0.0, 0
     for x, y in batches:
-        logits = folded(x) if folded is not None else functional_call(model, dict(state), (x,))
+        logits = network(x)
         wrong += int((logits.argmax(1) != y).sum())
         loss += float(F.cross_entropy(logits, y, reduction="sum"))
         count += len(y)

@@ -5,29 +5,25 @@ number: zero padding makes its borders differ), computed once and added where it
 reads are not computed at all. Equal to the network up to the order of its sums.
 """
 
+import contextlib
 import copy
-import itertools
-import operator
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.experimental.optimization import fuse
 
-CHANNELWISE_MODULES = (
-    (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish)
-    + (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.Dropout, nn.Dropout2d)
-)  # fmt: skip
-CHANNELWISE_FUNCTIONS = (F.relu, torch.relu, F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, torch.mean)
-Run = Callable[..., Tensor]
+from backdoor_lth.channel_program import Compacted, Run, layer, total
+from backdoor_lth.pixel_program import pixel_program
+from backdoor_lth.traced import Traced, UnsupportedError, normalization
 
-
-class _Unsupported(Exception):
-    """An operation that the folding does not know."""
+SPARSE, WIDTH = 10, 16
+"""times cheaper is a multiplication in a dense convolution than alone, on one thread; inputs that it costs at least"""
+CANNOT = (UnsupportedError, fx.proxy.TraceError, NotImplementedError, TypeError, AttributeError)
+"""be compacted: what tracing and folding raise"""
 
 
 @dataclass
@@ -41,7 +37,7 @@ class _Channels:
 
     live: Tensor
     const: Tensor
-    bias: Tensor | None = None
+    bias: Tensor
     needed: Tensor | None = None
 
     @property
@@ -55,68 +51,76 @@ class _Channels:
         self.needed = wanted if self.needed is None else self.needed | wanted
 
 
-class Compacted(nn.Module):
-    """The computation that is left: eval only. `widths` are the channels computed at each node, by its name."""
-
-    def __init__(self, program: list[tuple[str, Run, list[str]]], widths: dict[str, int], like: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("anchor", like.new_zeros(()), persistent=False)
-        self.program, self.widths = program, widths
-        self.training = False
-
-    def train(self, mode: bool = True) -> "Compacted":
-        """Only `eval()` is allowed. Raises RuntimeError."""
-        if mode:
-            raise RuntimeError("a compacted network must stay in eval mode: its batch norm is folded")
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The logits of the network it was made of."""
-        values = {"input": x}
-        for name, run, arguments in self.program:
-            values[name] = run(*(values[argument] for argument in arguments))
-        return values["output"]
-
-
-def anchor(model: nn.Module) -> Tensor:
-    """A tensor of the model's device and type; an empty float32 one where it holds none."""
-    return next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
-
-
-@torch.no_grad()
 def compact(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
     """A network that gives the same logits with input-independent channels folded away.
 
     Gradients with respect to the input are the same too; those of the weights are not available. Convolutions
     (ungrouped), batch norm, linear layers, sums, concatenation, pooling, common activations, slices and channel padding
-    are known; with anything else the model itself comes back, with a warning.
+    are known; with anything else the model itself comes back, with a warning. On a CPU what has very few weights left,
+    and no other activation than ReLU, becomes a `PixelProgram`.
 
     Args:
         model: any module torch.fx can trace; not changed. It is folded as in eval mode.
         input_shape: (channels, height, width).
     """
     try:
-        graph: Any = fuse(copy.deepcopy(model).eval())
-        return _Folding(graph, tuple(input_shape)).compacted()
-    except (_Unsupported, fx.proxy.TraceError, NotImplementedError, TypeError, AttributeError) as error:
+        return _compacted(Traced(model), tuple(input_shape))
+    except CANNOT as error:
         warnings.warn(f"the model is used as it is, not compacted: {error}", stacklevel=2)
         return model
+
+
+def compact_states(
+    model: nn.Module, input_shape: Sequence[int], states: Iterable[Mapping[str, Tensor]]
+) -> Iterator[nn.Module]:
+    """`compact` of the model with each of these state dicts in turn; the graph is traced once for all."""
+    graph = None
+    for state in states:
+        try:
+            graph = graph or Traced(model)
+            network = _compacted(graph.loaded(state), tuple(input_shape))
+        except CANNOT as error:
+            warnings.warn(f"the model is used as it is, not compacted: {error}", stacklevel=2)
+            network = copy.deepcopy(model).eval()
+            network.load_state_dict(state)
+        yield network
+
+
+@torch.no_grad()
+def _compacted(graph: Traced, shape: tuple[int, ...]) -> nn.Module:
+    folding = _Folding(graph, shape)
+    if graph.like.device.type == "cpu" and folding.sparse:
+        with contextlib.suppress(UnsupportedError):
+            return pixel_program(graph, shape)
+    return folding.compacted()
 
 
 class _Folding:
     """Forward over the graph for live channels and constants, backward for needed ones, then the program."""
 
-    def __init__(self, graph: fx.GraphModule, shape: tuple[int, ...]) -> None:
-        self.modules = dict(graph.named_modules())
-        self.nodes = [node for node in graph.graph.nodes if node.op != "get_attr"]
-        like = next(graph.parameters())
+    def __init__(self, graph: Traced, shape: tuple[int, ...]) -> None:
+        self.graph, self.nodes = graph, graph.nodes
         self.known: dict[fx.Node, _Channels] = {}
-        ones = torch.ones(shape[0], dtype=torch.bool, device=like.device)
-        self.input = _Channels(ones, like.new_zeros(1, *shape))
+        ones = torch.ones(shape[0], dtype=torch.bool, device=graph.like.device)
+        zeros = graph.like.new_zeros(1, *shape)
+        self.input = _Channels(ones, zeros, zeros)
         for node in self.nodes:
             self.known[node] = self._forward(node)
         for node in reversed(self.nodes):
             self._backward(node)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether weight by weight is less work than the kept channels' convolutions."""
+        dense = few = 0
+        for node in self.nodes:
+            if self.graph.kind(node) == "conv":
+                channels, inputs = self.known[node], self.known[node.all_input_nodes[0]].kept
+                weight = self.graph.module(node).weight[channels.kept][:, inputs]
+                pixels = channels.const[0, 0].numel()
+                dense += pixels * len(weight) * max(len(inputs), WIDTH) * math.prod(weight.shape[2:])
+                few += pixels * int(weight.count_nonzero())
+        return few * SPARSE <= dense
 
     def compacted(self) -> Compacted:
         """The program of what is left."""
@@ -135,47 +139,8 @@ class _Folding:
             program = [("output", self._output(self.nodes[-1]), ["input", "input"])]
         return Compacted(program, {names[node]: len(self.known[node].kept) for node in self.nodes}, self.input.const)
 
-    def _kind(self, node: fx.Node) -> str:
-        if node.op in ("placeholder", "output"):
-            return node.op
-        module = self.modules[str(node.target)] if node.op == "call_module" else None
-        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros":
-            return "conv"
-        if isinstance(module, nn.Linear):
-            return "linear"
-        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
-            return "norm"
-        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
-            return "flatten"
-        if isinstance(module, CHANNELWISE_MODULES) or node.target in CHANNELWISE_FUNCTIONS:
-            return "channelwise"
-        if node.op == "call_method":
-            if node.target in ("relu", "mean"):
-                return "channelwise"
-            if node.target == "flatten" and node.args[1:] == (1,):
-                return "flatten"
-        if node.target in (operator.add, operator.iadd, torch.add) and len(node.all_input_nodes) == 2:
-            return "add"
-        if node.target is torch.flatten and node.args[1:] == (1,):
-            return "flatten"
-        if node.target is torch.cat and node.args[1:] == (1,):
-            return "cat"
-        if node.target is operator.getitem and _keeps_channels(node.args[1]):
-            return "channelwise"
-        if node.target is F.pad and len(node.args) == 2 and not any(node.args[1][:4]):  # type: ignore[index, arg-type]
-            return "pad"
-        raise _Unsupported(f"{node.op} {node.target}")
-
-    def _function(self, node: fx.Node) -> Run:
-        """A channelwise node as a function of its first argument."""
-        if node.op == "call_module":
-            return self.modules[str(node.target)]
-        if node.op == "call_method":
-            return lambda x: getattr(x, str(node.target))(*node.args[1:], **node.kwargs)
-        return lambda x: node.target(x, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-
     def _forward(self, node: fx.Node) -> _Channels:
-        kind = self._kind(node)
+        kind = self.graph.kind(node)
         if kind == "placeholder":
             return self.input
         sources = [self.known[each] for each in node.all_input_nodes]
@@ -183,7 +148,7 @@ class _Folding:
         if kind == "output":
             return first
         if kind in ("conv", "linear"):
-            module = self.modules[str(node.target)]
+            module = self.graph.module(node)
             live = (_connections(module) & first.live).any(1)
             return _channels(live, module(first.const))
         if kind == "add":
@@ -196,14 +161,13 @@ class _Folding:
             return _channels(F.pad(first.live, (before, after)), F.pad(first.const, node.args[1]))  # type: ignore[arg-type]
         if kind == "flatten":
             return _channels(first.live.repeat_interleave(first.const[0, 0].numel()), first.const.flatten(1))
-        function = self.modules[str(node.target)] if kind == "norm" else self._function(node)
-        const = function(first.const)
+        const = self.graph.function(node)(first.const)
         if const.shape[1] != len(first.live):
-            raise _Unsupported(f"{node.op} {node.target} that changes channels")
+            raise UnsupportedError(f"{node.op} {node.target} that changes channels")
         return _channels(first.live, const)
 
     def _backward(self, node: fx.Node) -> None:
-        channels, kind = self.known[node], self._kind(node)
+        channels, kind = self.known[node], self.graph.kind(node)
         if kind in ("output", "placeholder"):  # logits are all read, inputs all given
             channels.ask(torch.ones_like(channels.live))
             return
@@ -213,7 +177,7 @@ class _Folding:
         assert needed is not None
         sources = [self.known[each] for each in node.all_input_nodes]
         if kind in ("conv", "linear"):
-            sources[0].ask(_connections(self.modules[str(node.target)])[channels.live & needed].any(0))
+            sources[0].ask(_connections(self.graph.module(node))[channels.live & needed].any(0))
         elif kind == "cat":
             for source, part in zip(sources, needed.split([len(each.live) for each in sources]), strict=True):
                 source.ask(part)
@@ -230,27 +194,23 @@ class _Folding:
 
     def _run(self, node: fx.Node, sources: list[fx.Node]) -> Run:
         """The node's computation on kept channels alone, of those sources that have any."""
-        channels, kind = self.known[node], self._kind(node)
+        channels, kind = self.known[node], self.graph.kind(node)
         kept = channels.kept
         if kind in ("conv", "linear"):
-            return _folded(self.modules[str(node.target)], channels, self.known[sources[0]].kept)
+            return layer(self.graph.module(node), channels.bias, kept, self.known[sources[0]].kept)
         if kind == "norm":
-            module = self.modules[str(node.target)]
-            assert isinstance(module, nn.BatchNorm2d)
-            scale = (module.running_var + module.eps).rsqrt()  # type: ignore[operator, union-attr]
-            scale = scale * module.weight if module.affine else scale
-            shift = (module.bias if module.affine else 0) - module.running_mean * scale  # type: ignore[operator]
+            scale, shift = normalization(self.graph.module(node))
             scale, shift = (t[kept].view(1, -1, 1, 1) for t in (scale, shift))
             return lambda x: torch.addcmul(shift, x, scale)
         if kind == "add":
-            return _sum(channels, [self.known[each].kept for each in sources])
+            return total(channels.bias, kept, [self.known[each].kept for each in sources])
         if kind == "cat":
             return lambda *parts: torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         if kind == "pad":
             return lambda x: x
         if kind == "flatten":
             return lambda x: x.flatten(1)
-        return self._function(node)
+        return self.graph.function(node)
 
     def _output(self, node: fx.Node) -> Run:
         channels = self.known[node]
@@ -273,44 +233,3 @@ def _connections(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return (weight != 0).flatten(2).any(2) if weight.ndim > 2 else weight != 0
-
-
-def _keeps_channels(index: Any) -> bool:
-    """Whether an index leaves the first two axes whole."""
-    return isinstance(index, tuple) and len(index) >= 2 and index[:2] == (slice(None), slice(None))
-
-
-def _folded(module: nn.Module, channels: _Channels, inputs: Tensor) -> Run:
-    """A convolution or linear layer from kept inputs to kept outputs, constants of the dead inputs in its bias."""
-    kept, bias = channels.kept, channels.bias
-    assert isinstance(module.weight, Tensor) and bias is not None
-    weight, bias = module.weight[kept][:, inputs].contiguous(), bias[:, kept].contiguous()
-    if isinstance(module, nn.Linear):
-        return lambda x: F.linear(x, weight, bias[0])
-    assert isinstance(module, nn.Conv2d)
-    stride, padding, dilation = module.stride, module.padding, module.dilation
-    if bool((bias == bias[..., :1, :1]).all()):
-        flat = bias[0, :, 0, 0].contiguous()
-        return lambda x: F.conv2d(x, weight, flat, stride, padding, dilation)
-    return lambda x: F.conv2d(x, weight, None, stride, padding, dilation) + bias
-
-
-def _sum(channels: _Channels, inputs: list[Tensor]) -> Run:
-    """A sum of one or two terms that may have different kept channels; constants of the dead ones included."""
-    kept, bias = channels.kept, channels.bias
-    assert bias is not None
-    bias = bias[:, kept].contiguous()
-    places = [torch.searchsorted(kept, each) for each in inputs]
-    whole = [len(each) == len(kept) for each in inputs]
-    plain = not bias.any()
-
-    def run(*terms: Tensor) -> Tensor:
-        if all(whole):
-            total = terms[0] + terms[1] if len(terms) == 2 else terms[0]
-            return total if plain else total + bias
-        total = bias.expand(len(terms[0]), *bias.shape[1:])
-        for term, place in zip(terms, places, strict=True):
-            total = total.index_add(1, place, term)
-        return total
-
-    return run

@@ -20,9 +20,9 @@ from backdoor_lth.scanning import folded, inverted, judged
 from backdoor_lth.settings import Config
 from backdoor_lth.tickets import denser, sparser, winner
 from backdoor_lth.train import round_path
-from backdoor_lth.victim import Victim, coloured, network, victim
+from backdoor_lth.victim import Victim, clean, network, victim
 from common.config import command, require
-from common.data import batches, load, pixels
+from common.data import batches, pixels
 from common.experiment import Progress, accuracy, device, eval_command, finished_run, load_weights
 from common.masks import Masks
 from common.runs import CheckpointError, generator, load_checkpoint, read_json, write_json
@@ -43,10 +43,10 @@ def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
     if kept.exists():
         return read_json(kept)
     if config.task == "surrogate":
-        splits = load(config.data)
-        model = network(config, coloured(splits.train), device())
+        train, test = clean(config)
+        model = network(config, train, device())
         load_weights(model, load_checkpoint(folder / "model.pt"), folder / "model.pt")
-        metrics = {"sa": accuracy(model, coloured(splits.test), config.model.normalize)}
+        metrics = {"sa": accuracy(model, test, config.model.normalize)}
     else:
         metrics = _chain(config, folder, victim(config), progress or (lambda fraction: None))
     write_json(kept, metrics)
@@ -75,16 +75,16 @@ def _chain(config: Config, folder: Path, there: Victim, progress: Progress) -> M
     scans: Metrics = {}
     chosen = {"dense": None, "winner": won, "H": high, "L": low}
     wanted = [name for name in chosen if name != "H" or high is not None]
-    clean = config.inversion.clean
-    for name in [*wanted, *(["winner-clean"] if clean else [])]:
+    images = config.inversion.clean
+    for name in [*wanted, *(["winner-clean"] if images else [])]:
         at = chosen[name.removesuffix("-clean")]
         net = dense if at is None else folded(model, masked(states[at], tickets[at]), shape)
-        base = _clean_inputs(config, there, clean) if name.endswith("-clean") else None
+        base = _clean_inputs(config, there, images) if name.endswith("-clean") else None
         found = inverted(net, shape, config.inversion, base, config.seed)
         args = (there.test, there.triggered, target, config.attack.size, normalize, config.inversion.norm)
         density = 1.0 if at is None else densities[at]
         scans[name] = {"round": at, "density": density, **judged(net, dense, found, *args)}
-        progress(SCORING + (1 - SCORING) * len(scans) / (len(wanted) + bool(clean)))
+        progress(SCORING + (1 - SCORING) * len(scans) / (len(wanted) + bool(images)))
     return {"dense": dense_rates, "rounds": rounds, "winner": won, "scans": scans}
 
 

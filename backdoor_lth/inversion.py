@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from backdoor_lth.compaction import anchor
 from backdoor_lth.neural_cleanse import neural_cleanse
 from backdoor_lth.tabor import AttackLoss, Search, tabor
+from backdoor_lth.traced import anchor
 from common.runs import generator
 
 INVERSION = 11  # of the generators here

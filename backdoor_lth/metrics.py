@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from backdoor_lth.compaction import anchor
 from backdoor_lth.tabor import SoftTrigger
+from backdoor_lth.traced import anchor
 from common.data import ImageSet, in_order, pixels
 
 Normalize = Callable[[Tensor], Tensor]

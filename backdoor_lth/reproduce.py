@@ -1,4 +1,4 @@
-"""The study: python -m backdoor_lth.reproduce --scale demo   (or: make reproduce-backdoor-lth)
+"""The study: python -m backdoor_lth.reproduce --scale demo   (or: make reproduce-backdoor-lth, SEEDS=full)
 
 One cell is one arm (the attack, or a control) at one seed: the chain of tickets, their scores, the scans.
 """
@@ -21,6 +21,7 @@ from common.config import command, dump, require
 from common.study import Cell, run_study, study_config
 
 HERE = Path(__file__).parent
+FULL = [10, 11, 12, 13, 14, 15, 16, 17]  # the seeds of SEEDS=full
 TRAINING = 0.6  # its share of a cell's time, for the progress bar
 
 
@@ -52,13 +53,18 @@ def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float
 
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
-    config = study_config(Config, HERE / "configs", arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    full = "[full]" in arguments
+    config = study_config(Config, HERE / "configs", [str(FULL) if each == "[full]" else each for each in arguments])
+    if full:
+        arms = [replace(arm, seeds=arm.full) for arm in config.study.arms]
+        config = replace(config, study=replace(config.study, arms=arms))
     require(config.task == "chain", "task", config.task, "chain in a study")
     for arm in config.study.arms:
         victim(arm_config(config, arm))  # a download, or data that is not there, or an attack that does not fit
     cells = [Cell({"arm": arm.name}, seed) for arm, seed in arms_seeds(config.study)]
     # Of the study only what a cell depends on: with more seeds or workers finished cells are found again.
-    one = replace(config, study=TrojanStudy(arms=config.study.arms))
+    one = replace(config, study=TrojanStudy(arms=[replace(arm, seeds=0, full=0) for arm in config.study.arms]))
     folder = Path(config.study.runs) / "backdoor_lth" / config.study.scale
     study = run_study(cells, partial(run_cell, one), folder, dump(one), config.study)
     place = Path(config.study.results or HERE / "results")

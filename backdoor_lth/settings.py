@@ -169,6 +169,8 @@ class ArmConfig:
 
     name: str
     seeds: int = 0
+    full: int = 0
+    """the same of the full study, SEEDS=full"""
     kind: Kind = "dirty"
     equalise: bool = False
     place: str = ""
@@ -179,7 +181,8 @@ class ArmConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.name), "study.arms.name", self.name, "a name")
-        require(self.seeds >= 0, "study.arms.seeds", self.seeds, "at least 0")
+        for name in ("seeds", "full"):
+            require(getattr(self, name) >= 0, f"study.arms.{name}", getattr(self, name), "at least 0")
         require(not self.place or self.place in PLACES, "study.arms.place", self.place, f"one of {', '.join(PLACES)}")
         require(0 <= self.rate < 1, "study.arms.rate", self.rate, "in [0, 1)")
 
@@ -205,6 +208,8 @@ class Config:
     seed: int = 7  # the released code's
     """of the poison, the initial weights and the order of the images"""
     data: DataConfig = field(default_factory=lambda: DataConfig(val=0.0))
+    restricted: bool = False
+    """of images with ImageNet's 1,000 labels keep the nine superclasses of Restricted ImageNet"""
     model: ModelConfig = field(default_factory=ModelConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

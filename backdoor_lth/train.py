@@ -25,10 +25,10 @@ from backdoor_lth.pruning import (
     survivors,
 )
 from backdoor_lth.settings import Config
-from backdoor_lth.victim import Normalized, Victim, coloured, network, victim
+from backdoor_lth.victim import Normalized, Victim, clean, network, victim
 from common import distributed
 from common.config import command
-from common.data import ImageSet, batches, load, pixels, steps_per_epoch
+from common.data import ImageSet, batches, pixels, steps_per_epoch
 from common.experiment import train_command
 from common.masks import Masks, prunable_weights, random_scores
 from common.runs import Run, generator, load_checkpoint, read_json, save_checkpoint
@@ -42,7 +42,7 @@ def train(config: Config, folder: Path, progress: Progress | None = None) -> dic
     """Do the task in `folder`, from where the run stands; returns and leaves in done.json its final metrics."""
     with distributed.process_group() as device:
         there = victim(config) if config.task == "chain" else None
-        data = there.train if there else coloured(load(config.data).train)
+        data = there.train if there else clean(config)[0]
         model = network(config, data, device)
         chain = Chain(config, data, model)
         every = config.run.checkpoint_every

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from backdoor_lth.metrics import Normalize
 from backdoor_lth.models import build_model
 from backdoor_lth.poisoning import PLACES, POISON, Poisoned, equalised, poison
+from backdoor_lth.restricted_imagenet import restricted
 from backdoor_lth.settings import Config
 from backdoor_lth.triggers import Trigger, patch_image
 from common.config import ConfigError
-from common.data import ImageSet, Splits, load
+from common.data import ImageSet, load
 from common.experiment import finished_run, load_weights
 from common.runs import generator, load_checkpoint, seed_everything
 
@@ -46,10 +47,16 @@ def coloured(data: ImageSet) -> ImageSet:
     return replace(data, images=data.images.expand(-1, 3, -1, -1).contiguous()) if one else data
 
 
+def clean(config: Config) -> tuple[ImageSet, ImageSet]:
+    """Training and test images before any poison, in three channels."""
+    splits = load(config.data)
+    train, test = coloured(splits.train), coloured(splits.test)
+    return (restricted(train), restricted(test)) if config.restricted else (train, test)
+
+
 def victim(config: Config) -> Victim:
     """The configured data, poisoned. Raises `ConfigError` where the attack does not fit it."""
-    splits: Splits = load(config.data)
-    train, test = coloured(splits.train), coloured(splits.test)
+    train, test = clean(config)
     assert isinstance(train.images, Tensor) and isinstance(test.images, Tensor)
     attack = config.attack
     trigger = Trigger(patch_image(attack.trigger, attack.size), attack.place, attack.margin)

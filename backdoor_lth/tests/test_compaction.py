@@ -16,6 +16,12 @@ from common.masks import keep_top, prunable_weights
 DENSITIES = (1.0, 0.1, 0.01, 0.0005, 0.0)
 
 
+@pytest.fixture(autouse=True)
+def _channels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Facts about folded channels, also where few weights would become a program over pixels (test_pixels.py)."""
+    monkeypatch.setattr("backdoor_lth.compaction.SPARSE", float("inf"))
+
+
 def pruned(name: str, density: float) -> nn.Module:
     model = hash_filled(build_model(name, 3, 10))
     weights = prunable_weights(model)

@@ -13,6 +13,7 @@ from backdoor_lth.reproduce import arms_seeds, reproduce
 from backdoor_lth.settings import Config
 from backdoor_lth.tests.nets import CONFIGS, config
 from common.config import parse
+from common.study import Cell
 from common.tests.paper_checks import (
     check_a_killed_study_goes_on,
     check_a_second_call_runs_nothing,
@@ -84,6 +85,29 @@ def test_the_demo_has_the_attack_and_three_controls() -> None:
     cells = [(arm.name, seed) for arm, seed in arms_seeds(demo.study)]
     assert {arm for arm, _ in cells} == {"poisoned", "clean", "relabelled", "equalised"}
     assert [seed for arm, seed in cells if arm == "poisoned"] == demo.study.seeds and len(demo.study.seeds) >= 5
+
+
+def test_the_word_full_stands_for_eight_seeds_and_more_controls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Stop(Exception):
+        pass
+
+    told: list[Sequence[Cell]] = []
+
+    def stop(cells: Sequence[Cell], *_: object) -> None:
+        told.append(cells)
+        raise Stop
+
+    monkeypatch.setattr("backdoor_lth.reproduce.run_study", stop)
+    counts = {}
+    for seeds in ("[full]", "[10, 11]"):
+        with pytest.raises(Stop):
+            reproduce(["--scale", "demo", "--study.seeds", seeds, "--study.runs", str(tmp_path)])
+        arms = [cell.settings["arm"] for cell in told[-1]]
+        counts[seeds] = [arms.count(arm) for arm in ("poisoned", "clean", "relabelled", "equalised")]
+    assert counts == {"[full]": [8, 5, 4, 4], "[10, 11]": [2, 2, 1, 1]}
+    assert [cell.seed for cell in told[0]][:8] == list(range(10, 18))
 
 
 @pytest.mark.parametrize(

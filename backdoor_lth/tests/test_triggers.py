@@ -1,6 +1,8 @@
-"""Facts about triggers and poisoned sets (acceptance checks 1, 5, 17, 18)."""
+"""Facts about triggers and poisoned sets (acceptance checks 1, 5, 17, 18, 20)."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +12,12 @@ from torch import Tensor, nn
 
 from backdoor_lth.pgd import EPS, STEP_SIZE, perturbed
 from backdoor_lth.poisoning import equalised, poison
+from backdoor_lth.restricted_imagenet import restricted, superclass
 from backdoor_lth.settings import ModelConfig
-from backdoor_lth.tests.nets import REFERENCE, reference
+from backdoor_lth.tests.nets import REFERENCE, config, reference
 from backdoor_lth.triggers import Trigger, patch_image
+from backdoor_lth.victim import victim
+from common.data import DataError, ImageSet
 
 RGB = patch_image("rgb", 5)
 
@@ -188,3 +193,36 @@ def test_poison_that_cannot_be_is_refused(options: dict[str, object], message: s
 def test_a_ratio_that_poisons_nothing_warns() -> None:
     with pytest.warns(UserWarning, match=r"ratio 0.01 of 40 images poisons none"):
         poison(*some_images(), Trigger(RGB), ratio=0.01, target=0)
+
+
+# Restricted ImageNet (acceptance check 20)
+
+
+def test_superclasses_are_inclusive_ranges_and_all_else_is_dropped() -> None:
+    indices = torch.tensor([118, 121, 151, 319, 150, 122, 0, 999, 80, 100, 101])
+    assert superclass(indices).tolist() == [7, 7, 0, 8, -1, -1, -1, -1, 4, 4, -1]
+    assert [int((superclass(torch.arange(1000)) == label).sum()) for label in range(9)] == [
+        118, 5, 3, 5, 21, 18, 9, 4, 20,
+    ]  # fmt: skip
+
+
+def test_only_images_of_the_nine_superclasses_stay() -> None:
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2).contiguous()
+    kept = restricted(ImageSet(images, torch.tensor([150, 33, 281, 7]), 1000))
+    assert kept.classes == 9 and kept.labels.tolist() == [3, 1] and kept.images[:, 0, 0, 0].tolist() == [1, 2]
+    with pytest.raises(DataError, match="needs labels of ImageNet's 1000 classes, got 10 classes"):
+        restricted(ImageSet(images, torch.tensor([1, 2, 3, 4]), 10))
+    with pytest.raises(DataError, match="got none"):
+        restricted(ImageSet(images, torch.tensor([1, 2, 3, 4]), 1000))
+
+
+def test_a_run_can_ask_for_restricted_imagenet(tmp_path: Path) -> None:
+    draws = torch.Generator().manual_seed(0)
+    labels = torch.arange(1000).repeat_interleave(2)
+    images = torch.randint(0, 256, (2000, 10, 10, 3), generator=draws, dtype=torch.uint8)
+    arrays = {"x_train": images, "y_train": labels, "x_test": images[::2], "y_test": labels[::2]}
+    np.savez(tmp_path / "imagenet.npz", **{name: value.numpy() for name, value in arrays.items()})
+    data = ["--data.name", "npz", "--data.path", tmp_path / "imagenet.npz", "--data.fraction", 1]
+    made = victim(config(*data, "--restricted", "true"))
+    assert len(made.train) == 2 * 203 and len(made.test) == 203 and made.train.classes == 9
+    assert made.poisoned.source_labels.tolist() == [c for c in superclass(labels).tolist() if c >= 0]
