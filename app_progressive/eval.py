@@ -7,11 +7,11 @@ clean training accuracy and gap (eval mode, no augmentation), and the non-zero w
 from pathlib import Path
 from typing import Any
 
+from app_progressive.configured import megabatches, network
 from app_progressive.images import pool_and_test
 from app_progressive.metrics import generalization_gap
 from app_progressive.pruner import prunable
 from app_progressive.settings import Config
-from app_progressive.train import megabatches, network
 from common.config import command
 from common.experiment import Progress, accuracy, device, eval_command, finished_run, load_weights
 from common.runs import load_checkpoint, read_json, write_json

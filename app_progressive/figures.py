@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from app_progressive.claims import PRIMARY, holm, of, smooth
+from app_progressive.measures import PRIMARY, holm, of, smooth
 from common.claims import Claim, Rows, by_seed, judge
 
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")

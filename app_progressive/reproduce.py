@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app_progressive.claims import claims, holm
+from app_progressive.claims import claims
+from app_progressive.configured import megabatches, network
 from app_progressive.eval import evaluate
 from app_progressive.figures import draw
 from app_progressive.images import pool_and_test
+from app_progressive.measures import holm
 from app_progressive.settings import AnytimeStudy, Config, PartConfig, split_arm
-from app_progressive.train import megabatches, network, train
+from app_progressive.train import train
 from common.claims import report
 from common.config import command, dump, require
 from common.study import Cell, run_study, study_config

@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from app_progressive.cost import forward_macs, layer_macs, stream_macs, training_images
+from app_progressive.configured import FRESH, another, make_pruner, megabatches, network
+from app_progressive.cost import forward_macs, layer_macs
 from app_progressive.images import epoch_batches, pool_and_test
-from app_progressive.metrics import AnytimeMetrics, first_best, generalization_gap
-from app_progressive.models import Normalized, build_model
-from app_progressive.pruner import AnytimePruner, OneShotPruner
+from app_progressive.metrics import first_best, generalization_gap
+from app_progressive.models import Normalized
+from app_progressive.pruner import AnytimePruner
 from app_progressive.settings import Config
 from app_progressive.stream import MegabatchStream
+from app_progressive.summary import summary
 from app_progressive.warmstart import shrink_and_perturb_
 from common import distributed
 from common.config import ConfigError, command
@@ -28,7 +30,7 @@ from common.data import ImageSet
 from common.experiment import accuracy, train_command
 from common.runs import Run, generator, read_json, save_checkpoint, seed_everything
 
-TRAIN, VALIDATE, SCORE, FRESH = 1, 2, 3, 4  # keys of the random draws
+TRAIN, VALIDATE, SCORE = 1, 2, 3  # keys of the random draws
 
 
 def train(config: Config, folder: Path, progress: Callable[[float], None] | None = None) -> dict[str, Any]:
@@ -144,9 +146,9 @@ def _begin(
     """What comes before training on a megabatch: the weights to start from, then score and mask. Returns densities."""
     start = config.train.start if state > 1 else "continue"
     if start == "scratch":
-        model.load_state_dict(_another(config, pool, model, state).state_dict())
+        model.load_state_dict(another(config, pool, model, state).state_dict())
     elif start == "shrink":
-        shrink_and_perturb_(model, _another(config, pool, model, state))
+        shrink_and_perturb_(model, another(config, pool, model, state))
     if state > 1 and (config.train.reset_momentum or start in ("scratch", "rewind")):
         optimizer.state.clear()
     if pruner is None:
@@ -197,79 +199,6 @@ def _end(
         "test_gap_last": generalization_gap(now["train"][-1], test_acc),
         "macs": forward_macs(macs, now["per_layer"]),
     }
-
-
-def summary(config: Config, history: list[dict[str, Any]], macs: Mapping[str, int], n_test: int) -> dict[str, Any]:
-    """The metrics of a finished stream: those of each state as lists, and what they add up to."""
-    anytime = AnytimeMetrics(n_test)
-    for record in history:
-        anytime.update(record["errors"])
-    sizes = [record["train_images"] for record in history]
-    lists = ("errors", "test_acc", "gap_best", "gap_last", "test_gap_last", "density_target", "density", "best_epoch")
-    by_state = {name: [record[name] for record in history] for name in lists}
-    epochs = config.train.epochs
-    return {
-        **by_state,
-        "final_acc": history[-1]["test_acc"],
-        "mean_acc": anytime.mean_acc,
-        "cer": anytime.cer,
-        "cer_per_test": anytime.cer / n_test,
-        "are": anytime.are,
-        "per_layer": history[-1]["per_layer"],
-        "train_images": training_images(sizes, epochs),
-        "score_images": sum(record["score_images"] for record in history),
-        "macs_dense": stream_macs(sizes, epochs, [forward_macs(macs)] * len(sizes)),
-        "macs": stream_macs(sizes, epochs, [record["macs"] for record in history]),
-    }
-
-
-def network(config: Config, pool: ImageSet) -> Normalized:
-    """The configured network, its weights drawn now. Raises `ConfigError` where it does not fit the images."""
-    model = config.model
-    channels, _ = model.image_shape(pool)
-    try:
-        return build_model(model.name, channels, pool.classes, model.mean, model.std, model.width, model.imagenet)
-    except ValueError as error:
-        raise ConfigError(f"model.{error}") from error
-
-
-def _another(config: Config, pool: ImageSet, model: nn.Module, state: int) -> Normalized:
-    """A newly initialised network for this state; the global random state stays."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(config.seed, FRESH, state, 1).initial_seed())
-        return network(config, pool).to(next(model.parameters()).device)
-
-
-def megabatches(config: Config, pool: ImageSet) -> MegabatchStream:
-    """The configured stream over the pool. Raises `ConfigError` where it does not fit."""
-    options = config.stream
-    seed = config.seed if options.shuffle else None
-    k, l = options.buffer  # noqa: E741
-    try:
-        stream = MegabatchStream(
-            len(pool), options.states, options.size, options.val_fraction, options.replay, seed, (k, l)
-        )
-        stream.score_idx(1, config.prune.q)
-    except ValueError as error:
-        key = "prune" if str(error).startswith("q ") else "stream"
-        raise ConfigError(f"{key}.{error}") from error
-    return stream
-
-
-def make_pruner(config: Config, model: nn.Module) -> AnytimePruner | None:
-    """The configured pruner; None for dense training."""
-    prune = config.prune
-    options: dict[str, Any] = {
-        name: getattr(prune, name)
-        for name in ("criterion", "base", "scope", "ties", "update", "score_weights", "keep_stored")
-    }
-    if prune.method == "dense":
-        return None
-    if prune.method == "osp":
-        return OneShotPruner(model, prune.tau, **options)
-    states = None if prune.growth else config.stream.states
-    schedule = prune.densities or prune.schedule
-    return AnytimePruner(model, states, prune.tau, schedule=schedule, growth=prune.growth or 1.0, **options)
 
 
 def _batches(config: Config, pool: ImageSet, rows: Tensor, place: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app_progressive.claims import claims, holm, peak, smooth, transition
+from app_progressive.claims import claims
 from app_progressive.figures import draw
+from app_progressive.measures import holm, peak, smooth, transition
 from app_progressive.settings import Config
 from common.claims import judge
 

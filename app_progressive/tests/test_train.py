@@ -17,11 +17,12 @@ from torch import Tensor
 from app_progressive import eval as evaluation
 from app_progressive import pruner as pruning
 from app_progressive import train as training
+from app_progressive.configured import network
 from app_progressive.images import epoch_batches, pool_and_test
 from app_progressive.pruner import prunable
 from app_progressive.settings import Config
 from app_progressive.tests.nets import arguments, config
-from app_progressive.train import network, train
+from app_progressive.train import train
 from common.config import UserError, dump, load
 from common.data import DataConfig, ImageSet
 from common.runs import load_checkpoint, read_json
