@@ -1,0 +1,74 @@
+"""Measure a finished run: python optimizer_amalgamation/eval.py --folder runs/optimizer_amalgamation/rnnprop-seed0
+
+Every replicate trains the networks of evaluation.problems, several times each (eval.json).
+"""
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from common.config import command
+from common.data import load
+from common.experiment import Progress, eval_command, finished_run
+from common.runs import read_json, write_json
+from optimizer_amalgamation.measures import random_effects
+from optimizer_amalgamation.race import outcome, race_learnt
+from optimizer_amalgamation.rule import Rule, Weights
+from optimizer_amalgamation.settings import Config, split_problem
+from optimizer_amalgamation.train import make_problem, make_rule, run_weights
+
+Metrics = dict[str, Any]
+
+
+def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
+    """By problem the measures of `race.outcome` for the run in `folder`, kept in eval.json and read from there.
+
+    Raises:
+        ConfigError: if the run is not there or not finished; CheckpointError: if its weights are damaged.
+    """
+    config = finished_run(folder, Config)
+    if (folder / "eval.json").exists():
+        return read_json(folder / "eval.json")
+    weights = run_weights(folder, config)
+    metrics = race_all(config, make_rule(config.method), weights, progress)
+    write_json(folder / "eval.json", metrics)
+    return metrics
+
+
+def race_all(config: Config, rule: Rule, weights: Weights, progress: Progress | None = None) -> Metrics:
+    """By problem of evaluation.problems, the measures of a rule with weights (R, *shape)."""
+    splits, problems, metrics = load(config.data), config.evaluation.problems, {}
+    for number, entry in enumerate(problems):
+        name, size, private = split_problem(entry)
+
+        def part(fraction: float, number: int = number) -> None:
+            if progress is not None:
+                progress((number + fraction) / len(problems))
+
+        problem = make_problem(config, splits, name, size)
+        curves = race_learnt(problem, rule, weights, config.evaluation, private, part)
+        metrics[entry] = outcome(curves, config.evaluation.repeats)
+    return metrics
+
+
+def main() -> None:
+    """The command line."""
+
+    def summary(metrics: Metrics, config: Config) -> str:
+        lines = ["problem       log best held-out loss, by replicate"]
+        for entry, found in metrics.items():
+            values = found["val_best"]
+            means = ", ".join(f"{mean(row):.3f}" for row in values)
+            spread = ""
+            if len(values) > 1:
+                effects = random_effects(values)
+                low, high = effects.interval()
+                spread = f"   mean {effects.mean:.3f} [{low:.3f}, {high:.3f}], meta-stability {effects.meta_sd:.3f}"
+            lines.append(f"{entry:13s} {means}{spread}")
+        return "\n".join(lines)
+
+    eval_command(__file__, Config, evaluate, summary)
+
+
+if __name__ == "__main__":
+    command(main)

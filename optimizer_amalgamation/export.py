@@ -1,0 +1,83 @@
+"""Ship a run's best replicate: python -m optimizer_amalgamation.export --folder runs/... --name choice-large
+
+Writes presets/<name>.pt and <name>.json, which says which run the weights come from. The best replicate is the one with
+the least validation loss of its meta-training.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import command, parse, require
+from common.experiment import finished_run
+from common.runs import read_json
+from optimizer_amalgamation.settings import Config
+from optimizer_amalgamation.train import run_weights
+from optimizer_amalgamation.weights import PRESETS, save_weights
+
+NAMES = ("mean", "minmax", "choice-small", "choice-large", "rnnprop", "stronger")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which run, and under which name."""
+
+    folder: str = ""
+    """of a finished run of train.py"""
+    name: str = ""
+    """of the weights"""
+    replicate: int = -1
+    """its place in meta.replicates; -1: the best in validation"""
+    to: str = str(PRESETS)
+    """folder that is written to"""
+
+    def __post_init__(self) -> None:
+        require(bool(self.folder), "folder", self.folder, "the folder of a run")
+        require(self.name in NAMES, "name", self.name, f"one of {', '.join(NAMES)}")
+
+
+def export(arguments: Arguments) -> Path:
+    """Write the weights and their provenance; returns their path. Raises `ConfigError`, `CheckpointError`."""
+    folder = Path(arguments.folder)
+    config = finished_run(folder, Config)
+    student = config.method.student
+    require(student == "rnnprop", "folder", arguments.folder, f"the run of a student rnnprop, not of {student}")
+    done, environment = read_json(folder / "done.json"), read_json(folder / "environment.json")
+    validations = done["validations"]
+    count = len(validations)
+    require(-1 <= arguments.replicate < count, "replicate", arguments.replicate, f"in [-1, {count})")
+    chosen = arguments.replicate if arguments.replicate >= 0 else validations.index(min(validations))
+    weights = {name: value[chosen] for name, value in run_weights(folder, config).items()}
+    path = Path(arguments.to) / f"{arguments.name}.pt"
+    save_weights(path, weights, _provenance(config, done, environment, chosen))
+    return path
+
+
+def _provenance(config: Config, done: dict[str, Any], environment: dict[str, Any], chosen: int) -> dict[str, Any]:
+    sections = asdict(config)
+    for name in ("run", "study", "evaluation"):
+        del sections[name]
+    sections["method"]["policy"] = Path(config.method.policy).name  # a path of the machine that trained
+    return {
+        "rule": config.method.student,
+        "config": sections,
+        "revision": environment["revision"],
+        "data": config.data.name,
+        "meta_steps": done["meta_steps"][chosen],
+        "replicate": config.meta.replicates[chosen],
+        "validation": done["validations"][chosen],
+        "validations": done["validations"],
+        "versions": environment["versions"],
+        "date": environment["date"],
+    }
+
+
+def main() -> None:
+    """The command line."""
+    about = "optimizer_amalgamation: ship the weights of a finished run"
+    path = export(parse(Arguments, prog="python -m optimizer_amalgamation.export", description=about))
+    print(f"written: {path}, {path.with_suffix('.json').name}")
+
+
+if __name__ == "__main__":
+    command(main)

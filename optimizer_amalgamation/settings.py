@@ -1,0 +1,218 @@
+"""The configuration of one run and of the study; every YAML in configs/ fills this."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.config import ConfigError, require
+from common.data import DataConfig
+from common.runs import RunConfig
+from common.study import StudyConfig
+from optimizer_amalgamation.pool import Teacher
+from optimizer_amalgamation.problems import PROBLEMS
+from optimizer_amalgamation.schedules import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class ProblemConfig:
+    """The optimizee of meta-training."""
+
+    name: str = "tiny14"
+    """its network"""
+    batch_size: int = 32
+    shrink: bool = True
+    """average 2x2 pixels"""
+
+    def __post_init__(self) -> None:
+        require(self.name in PROBLEMS, "problem.name", self.name, f"one of {', '.join(PROBLEMS)}")
+        require(self.batch_size >= 1, "problem.batch_size", self.batch_size, "at least 1")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What is meta-trained, and by whom it is taught."""
+
+    student: Literal["rnnprop", "choice", "original", "scale"] = "rnnprop"
+    teachers: list[str] = field(default_factory=list)
+    """analytical ones with their rates, adam:0.005 for instance; empty without policy: meta loss only"""
+    policy: str = ""
+    """a choice policy as one more teacher: its weights file, or the folder of the run that trained it"""
+    policy_replicate: int = 0
+    """which of that run's replicates; -1: each student has the policy of its own number"""
+    reduce: Literal["max", "mean"] = "max"
+    """over the distances to the teachers"""
+    pool: Literal["small", "large"] = "large"
+    """of a choice policy"""
+    pool_rates: Literal["choice", "teachers"] = "choice"
+    """of its members: choice, as the released policies have them, ten times the teachers' for half of them"""
+    layers: int = 2
+    """of rnnprop's LSTM"""
+    head: Literal["free", "adam", "rmsprop"] = "free"
+    """of rnnprop: what its output means"""
+    hardness: float = 0.0
+    """of a choice policy: above 0 it chooses by Gumbel noise"""
+
+    def __post_init__(self) -> None:
+        for entry in self.teachers:
+            parse_teacher(entry)
+        require(self.layers >= 1, "method.layers", self.layers, "at least 1")
+        require(self.hardness >= 0, "method.hardness", self.hardness, "at least 0")
+        require(self.policy_replicate >= -1, "method.policy_replicate", self.policy_replicate, "at least -1")
+
+
+def parse_teacher(entry: str) -> Teacher:
+    """The teacher of "adam:0.005". Raises `ConfigError`."""
+    name, _, rate = entry.partition(":")
+    try:
+        return Teacher(name, float(rate))
+    except ValueError as error:
+        raise ConfigError(
+            f"method.teachers must be names with rates such as adam:0.005, got {entry!r} ({error})"
+        ) from None
+
+
+@dataclass(frozen=True)
+class PerturbationConfig:
+    """Noise on the student's weights, or its inputs, in meta-training (Sec. 4)."""
+
+    kind: Literal["none", "gaussian", "relative", "fgsm", "pgd", "cgd", "input"] = "none"
+    magnitude: float = 5e-4
+    """deviation, step or radius"""
+    steps: int = 1
+    """of an adversarial kind"""
+    lr: float = 0.1
+    """of pgd"""
+    norm: Literal["l2", "linf"] = "linf"
+    """of pgd"""
+    normalize: bool = False
+    """cgd: always the whole length, as eq. 6 has it"""
+    perturb_validation: bool = False
+    """gaussian and relative noise in validations too, as the released code has it"""
+
+    def __post_init__(self) -> None:
+        require(self.magnitude >= 0, "perturbation.magnitude", self.magnitude, "at least 0")
+        require(self.steps >= 1, "perturbation.steps", self.steps, "at least 1")
+        require(self.lr > 0, "perturbation.lr", self.lr, "positive")
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """How it is meta-trained."""
+
+    replicates: list[int] = field(default_factory=lambda: [0])
+    """their numbers; each has its own weights and draws, all are trained at once"""
+    unroll: int = 100
+    """N: steps of an unroll"""
+    lr: float = 1e-3
+    """of Adam"""
+    spread: float = 3.0
+    """scales are exp(U(-spread, spread))"""
+    warmup_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        numbers = self.replicates
+        fits = bool(numbers) and min(numbers) >= 0 and len(set(numbers)) == len(numbers)
+        require(fits, "meta.replicates", numbers, "different numbers of at least 0, one or more")
+        require(self.unroll >= 1, "meta.unroll", self.unroll, "at least 1")
+        require(self.lr > 0, "meta.lr", self.lr, "positive")
+        require(0 <= self.spread <= 10, "meta.spread", self.spread, "in [0, 10]")
+        require(self.warmup_rate >= 0, "meta.warmup_rate", self.warmup_rate, "at least 0")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """On what a learnt optimizer, or a pool, is judged."""
+
+    problems: list[str] = field(default_factory=lambda: ["tiny14", "small14"])
+    """networks; with :16 after the name another batch size, with :dp private gradients"""
+    epochs: int = 12
+    repeats: int = 4
+    """J: evaluations of a replicate, each from a fresh start"""
+    warmup: int = 100
+    """steps of SGD before a learnt optimizer takes over"""
+    warmup_rate: float = 0.05
+    seed: int = 1_000_000
+    """of starts and minibatches: the same for all optimizers"""
+
+    def __post_init__(self) -> None:
+        for entry in self.problems:
+            split_problem(entry)
+        for name in ("epochs", "repeats"):
+            require(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "at least 1")
+        require(self.warmup >= 0, "evaluation.warmup", self.warmup, "at least 0")
+        require(self.seed >= 0, "evaluation.seed", self.seed, "at least 0")
+
+
+def split_problem(entry: str) -> tuple[str, int, bool]:
+    """Network, batch size (0: the run's), whether private, of "small14:16" or "small14:dp". Raises `ConfigError`."""
+    name, _, option = entry.partition(":")
+    fits = name in PROBLEMS and (option in ("", "dp") or (option.isdigit() and int(option) > 0))
+    allowed = f"one of {', '.join(PROBLEMS)}, with :dp or :<batch size> behind it or nothing"
+    require(fits, "evaluation.problems", entry, allowed)
+    return name, int(option) if option.isdigit() else 0, option == "dp"
+
+
+ARMS = (
+    *("pool", "choice-large", "choice-small", "minmax", "mean", "rnnprop", "stronger", "original", "scale"),
+    *("shipped", "noise", "nearest", "memory"),
+)
+KINDS = ("relative", "gaussian", "fgsm", "pgd", "cgd", "input")
+
+
+@dataclass(frozen=True)
+class AmalgamationStudy(StudyConfig):
+    """The study: every arm at every seed; an arm meta-trains and measures all of `meta.replicates`."""
+
+    arms: list[str] = field(default_factory=lambda: ["pool", "choice-large", "minmax", "rnnprop"])
+    factors: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])
+    """the rates tried for a member of the pool, in parts of the rate that the paper's authors found"""
+    tuning_repeats: int = 3
+    """starts on which a member's rate is chosen; others than those it is then measured on"""
+    pool_repeats: int = 6
+    """starts on which the pool is measured"""
+    distill: bool = False
+    """train a student on each choice policy too"""
+    choice_schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(kind="repeat"))
+    """of the choice policies; `schedule` is that of the students"""
+    noise: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 1.0])
+    """magnitudes of the arm noise"""
+    noise_kinds: list[str] = field(default_factory=lambda: ["relative"])
+    noise_steps: int = 60
+    """meta-steps of depth 1 of the arms noise and nearest; 0: the whole schedule, and evaluations"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = set(self.arms) <= set(ARMS) and bool(self.arms)
+        require(known, "study.arms", self.arms, f"any of {', '.join(ARMS)}")
+        require(len(set(self.arms)) == len(self.arms), "study.arms", self.arms, "without repetition")
+        for name in ("tuning_repeats", "pool_repeats"):
+            require(getattr(self, name) >= 1, f"study.{name}", getattr(self, name), "at least 1")
+        require(self.noise_steps >= 0, "study.noise_steps", self.noise_steps, "at least 0")
+        positive = bool(self.factors) and min(self.factors) > 0
+        require(positive, "study.factors", self.factors, "positive numbers, one or more")
+        require(all(one >= 0 for one in self.noise), "study.noise", self.noise, "numbers of at least 0")
+        require(
+            set(self.noise_kinds) <= set(KINDS), "study.noise_kinds", self.noise_kinds, f"any of {', '.join(KINDS)}"
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    seed: int = 0
+    """of everything drawn; replicate i of one seed is the same whatever others run beside it"""
+    data: DataConfig = field(default_factory=lambda: DataConfig(val=0.0))
+    problem: ProblemConfig = field(default_factory=ProblemConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(checkpoint_every=1))
+    study: AmalgamationStudy = field(default_factory=AmalgamationStudy)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        taught = bool(self.method.teachers or self.method.policy)
+        plain = self.method.student in ("rnnprop", "original", "scale") or not taught
+        require(plain, "method.teachers", self.method.teachers, "empty for a choice policy")

@@ -1,0 +1,205 @@
+"""Facts about runs: what they leave, exact resumption, shares, shipping weights, and what bad input is told."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.config import ConfigError, parse
+from common.runs import load_checkpoint, read_json
+from common.tests import children
+from common.tests.paper_checks import check_eval_refuses, copied, kill_after_a_checkpoint, quiet, refusal, said
+from optimizer_amalgamation import StudentRule
+from optimizer_amalgamation import eval as evaluation
+from optimizer_amalgamation import export as exporting
+from optimizer_amalgamation import train as training
+from optimizer_amalgamation.settings import AmalgamationStudy, Config, EvaluationConfig, MetaConfig, MethodConfig
+from optimizer_amalgamation.train import read_policy, run_name, train
+from optimizer_amalgamation.weights import load_weights, provenance
+
+SCRIPT = Path(training.__file__)
+CONFIGS = SCRIPT.parent / "configs"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["__main__", "optimizer_amalgamation.eval", "torch.utils.tensorboard"])
+CHOICE = ["--method.student", "choice", "--method.teachers", "[]", "--method.pool", "small"]
+PARTS = ["weights.pt", "metrics.jsonl", "done.json"]
+
+
+def arguments(*options: object) -> list[str]:
+    return ["--config", str(CONFIGS / "smoke.yaml"), *map(str, options)]
+
+
+def config(*options: object) -> Config:
+    return parse(Config, arguments(*options), prog="train.py")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(config(), folder, quiet)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy") / "run"
+    train(config(*CHOICE), folder, quiet)
+    return folder
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_the_weights_of_all_replicates_and_what_became_of_them(finished: Path) -> None:
+    done, weights = read_json(finished / "done.json"), load_checkpoint(finished / "weights.pt")["weights"]
+    assert {name: (2, *shape) for name, shape in StudentRule().shapes.items()} == {
+        name: tuple(value.shape) for name, value in weights.items()
+    }
+    assert done["replicates"] == [0, 1] and min(done["meta_steps"]) >= 6 and done["skipped"] == [0, 0]
+    assert all(sum(shares) == pytest.approx(1) and len(shares) == 2 for shares in done["nearest"])
+    losses = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == done["episodes"] and any("validation" in line for line in losses)
+
+
+def test_every_replicate_trains_every_problem(finished: Path, tmp_path: Path) -> None:
+    found = evaluation.evaluate(copied(finished, tmp_path / "run"))
+    assert list(found) == ["tiny14", "mlp14"]
+    for measures in found.values():
+        assert torch.tensor(measures["val_best"]).shape == (2, 2) and len(measures["curve"]) == 2
+
+
+def test_a_policy_teaches_a_student(policy: Path, tmp_path: Path) -> None:
+    options = ["--method.teachers", "[]", "--method.policy", policy]
+    done = train(config(*options), tmp_path / "student", quiet)
+    assert done["nearest"] == [[1.0], [1.0]]
+    own = train(config(*options, "--method.policy_replicate", -1), tmp_path / "own", quiet)
+    assert own["validations"] != done["validations"]
+
+
+def test_a_policy_is_read_from_its_run_or_its_weights(policy: Path, tmp_path: Path) -> None:
+    rule, weights = read_policy(MethodConfig(policy=str(policy)))
+    assert len(rule.pool) == 2 and weights["choice_bias"].shape == (2, 2)
+    with pytest.raises(ConfigError, match=r"method.policy_replicate must be below 2, got 2"):
+        read_policy(MethodConfig(policy=str(policy), policy_replicate=2))
+    with pytest.raises(ConfigError, match=r"method.policy must be a run of a choice policy or its weights"):
+        read_policy(MethodConfig(policy=str(tmp_path / "none.pt")))
+
+
+def test_a_students_run_is_no_policy(finished: Path) -> None:
+    with pytest.raises(ConfigError, match=r"method.policy must be the run of a choice policy"):
+        read_policy(MethodConfig(policy=str(finished)))
+
+
+# Disturbed
+
+
+def started(folder: Path, *options: object) -> Any:
+    process = FORKS.Process(target=train, args=(config(*options), folder, quiet))
+    process.start()
+    return process
+
+
+def test_a_run_killed_again_and_again_equals_an_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    started(whole).join()
+    kill_after_a_checkpoint(started, folder, times=2)
+    started(folder).join()
+    assert children.tree(folder, PARTS) == children.tree(whole, PARTS) and len(children.tree(folder, PARTS)) == 3
+
+
+def test_processes_share_the_replicates(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    done = train(config(), tmp_path / "run", quiet)
+    whole = read_json(finished / "done.json")
+    assert done["replicates"] == [1] and done["validations"] == pytest.approx(whole["validations"][1:], abs=1e-4)
+    assert (tmp_path / "run" / "share-1-of-2" / "weights.pt").exists()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"meta.replicates must be one or more for each of the 3 processes"):
+        train(config(), tmp_path / "other", quiet)
+
+
+# Shipping
+
+
+def test_the_best_replicate_is_shipped_with_its_provenance(finished: Path, tmp_path: Path) -> None:
+    path = exporting.export(exporting.Arguments(str(finished), "minmax", to=str(tmp_path)))
+    shipped, source = load_weights(path, StudentRule().shapes), provenance(path)
+    done, whole = read_json(finished / "done.json"), load_checkpoint(finished / "weights.pt")["weights"]
+    best = done["validations"].index(min(done["validations"]))
+    assert all(torch.equal(value, whole[name][best]) for name, value in shipped.items())
+    assert source["meta_steps"] == done["meta_steps"][best] and source["data"] == "mnist5k"
+    assert source["config"]["method"]["teachers"] == ["adam:0.01", "rmsprop:0.005"] and source["replicate"] == best
+
+
+def test_only_a_finished_student_is_shipped(finished: Path, policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*options: object) -> str:
+        return refusal(exporting.main, options, capsys)
+
+    assert told("--folder", finished, "--name", "best").startswith("name must be one of mean, minmax, ")
+    assert told("--folder", policy, "--name", "mean").startswith(
+        "folder must be the run of a student rnnprop, not of c"
+    )
+    assert told("--folder", finished.parent / "no", "--name", "mean").endswith("no such run (it has no config.yaml)")
+    message = told("--folder", finished, "--name", "mean", "--replicate", 2)
+    assert message == "replicate must be in [-1, 2), got 2"
+
+
+# Refused
+
+
+def test_eval_refuses_what_is_no_finished_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(finished, tmp_path / "run")
+    check_eval_refuses(evaluation.main, run, "weights.pt", capsys)
+
+
+def test_eval_prints_what_each_replicate_reaches(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = said(evaluation.main, ["--folder", finished], capsys)
+    assert status in (0, None) and "tiny14" in out and "meta-stability" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method.teachers", "[adam]"], "method.teachers must be names with rates such as adam:0.005, got 'adam'"),
+        (["--method.teachers", "[lion:0.1]"], "got 'lion:0.1' (teacher must be one of sgd, "),
+        (["--method.student", "choice"], "method.teachers must be empty for a choice policy, got ['adam:0.01'"),
+        (["--meta.replicates", "[]"], "meta.replicates must be different numbers of at least 0, one or more, got []"),
+        (["--meta.replicates", "[0,0]"], "meta.replicates must be different numbers"),
+        (["--meta.unroll", "0"], "meta.unroll must be at least 1, got 0"),
+        (["--meta.spread", "-1"], "meta.spread must be in [0, 10], got -1.0"),
+        (["--problem.name", "lenet"], "problem.name must be one of train, mlp, "),
+        (["--perturbation.magnitude", "-1"], "perturbation.magnitude must be at least 0, got -1.0"),
+        (["--evaluation.problems", "[tiny14:x]"], "evaluation.problems must be one of train, "),
+        (["--schedule.depths", "[]"], "schedule.depths must be numbers of at least 1"),
+        (["--method.policy", "nowhere"], "method.policy must be a run of a choice policy or its weights"),
+        (["--problem.name", "deeper"], "problem.name must be a network for images of side 14"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_written(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    line = refusal(training.main, arguments(*options, "--run.folder", folder), capsys)
+    assert message in line and not folder.exists()
+
+
+def test_settings_have_the_papers_defaults() -> None:
+    assert (MetaConfig().unroll, MetaConfig().lr, MetaConfig().spread) == (100, 1e-3, 3.0)
+    assert (EvaluationConfig().warmup, EvaluationConfig().warmup_rate) == (100, 0.05)
+    with pytest.raises(ConfigError, match=r"study.arms must be any of pool"):
+        AmalgamationStudy(arms=["dm"])
+
+
+def test_runs_are_named_after_what_they_train() -> None:
+    assert run_name(config()) == "rnnprop-max-adam-rmsprop-seed0"
+    assert run_name(config(*CHOICE, "--seed", 3)) == "choice-seed3"
