@@ -99,6 +99,15 @@ def recent(magnitude: float) -> Measure:
     return lambda rows: trained(rows, "recent", arm="noise", kind="relative", magnitude=magnitude)
 
 
+def diverged(magnitude: float) -> Measure:
+    """B5: the same; nothing where a replicate without noise has not learnt either."""
+
+    def measure(rows: Rows) -> list[float]:
+        return recent(magnitude)(rows) if max(recent(0.0)(rows)) < COLLAPSED else []
+
+    return measure
+
+
 def least_rise(rows: Rows) -> list[float]:
     """B5: per replicate, the smallest rise of that loss from one magnitude to the next."""
     losses = [recent(magnitude)(rows) for magnitude in NOISE]
@@ -235,7 +244,7 @@ CLAIMS: list[Claim] = [
         statement="Relative noise of 1 makes every replicate diverge: mean meta loss of the last 20 steps",
         source="Fig. 6",
         paper="all diverge at .1, after the whole curriculum",
-        measure=recent(1.0),
+        measure=diverged(1.0),
         threshold=COLLAPSED,
         interval="worst",
         unit="log loss",
@@ -245,7 +254,7 @@ CLAIMS: list[Claim] = [
         statement="Relative noise of .1 already does",
         source="Fig. 6",
         paper="all diverge at .1, after the whole curriculum",
-        measure=recent(0.1),
+        measure=diverged(0.1),
         threshold=COLLAPSED,
         interval="worst",
         unit="log loss",

@@ -161,6 +161,11 @@ def test_noise_is_judged_by_its_least_rise_and_its_best_replicate() -> None:
     assert judged("B5b", found)[0] == "not held" and judged("B5a", found)[1] == pytest.approx([0.1, -0.1])
 
 
+def test_noise_cannot_make_diverge_what_does_not_learn_without() -> None:
+    found = noise_rows({0.0: [-0.8, -0.05], 0.1: [0.1, 0.1], 0.3: [0.2, 0.2], 1.0: [0.9, 0.9]})
+    assert judged("B5b", found) == ("inconclusive", []) and judged("B5c", found) == ("inconclusive", [])
+
+
 def test_the_mean_is_compared_with_the_maximum() -> None:
     by_mean = training("nearest", cell={"reduce": "mean"}, nearest=[[0.1, 0.9], [0.8, 0.2]])
     found = judged("B9a", [by_mean, *noise_rows({0.0: [0.0, 0.0]})])
