@@ -13,32 +13,21 @@ from app_progressive.metrics import generalization_gap
 from app_progressive.pruner import prunable
 from app_progressive.settings import Config
 from common.config import command
-from common.experiment import Progress, accuracy, device, eval_command, finished_run, load_weights
-from common.runs import load_checkpoint, read_json, write_json
+from common.experiment import Progress, accuracy, device, eval_command, load_weights, measurement
+from common.runs import load_checkpoint, read_json
 
 Metrics = dict[str, Any]
 
 
-def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
-    """Metrics of the finished run in `folder`, kept in eval.json and read from there.
-
-    Args:
-        folder: of the run.
-        progress: called with the finished fraction in [0, 1].
-
-    Raises:
-        ConfigError: if the run is not there or not finished; CheckpointError: if its weights are damaged.
-    """
-    config = finished_run(folder, Config)
-    if (folder / "eval.json").exists():
-        return read_json(folder / "eval.json")  # type: ignore[no-any-return]
+@measurement(Config)
+def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
+    """Accuracies on the test images and the whole seen pool, their gap, and the weights left."""
     pool, test = pool_and_test(config)
     model = network(config, pool).to(device())
     load_weights(model, load_checkpoint(folder / "model.pt"), folder / "model.pt")
     rows, _ = megabatches(config, pool).state(config.stream.states)
     test_acc = accuracy(model, test, batch_size=config.eval.batch_size)
-    if progress is not None:
-        progress(0.5)
+    progress(0.5)
     train_acc = accuracy(model, pool.subset(rows), batch_size=config.eval.batch_size)
     weights = prunable(model).values()
     total = sum(weight.numel() for weight in weights)
@@ -50,7 +39,6 @@ def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
         "weights": total,
         "nonzero": sum(int(weight.count_nonzero()) for weight in weights),
     }
-    write_json(folder / "eval.json", metrics)
     return metrics
 
 

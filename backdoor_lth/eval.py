@@ -23,34 +23,24 @@ from backdoor_lth.train import round_path
 from backdoor_lth.victim import Victim, clean, network, victim
 from common.config import command, require
 from common.data import batches, pixels
-from common.experiment import Progress, accuracy, device, eval_command, finished_run, load_weights
+from common.experiment import Progress, accuracy, device, eval_command, load_weights, measurement
 from common.masks import Masks
-from common.runs import CheckpointError, generator, load_checkpoint, read_json, write_json
+from common.runs import CheckpointError, generator, load_checkpoint
 
 TUNING, SAMPLE, CLEAN = 1_000_003, 2_000_003, 19  # seeds and keys apart from those of training
 SCORING = 0.4  # its share of the time, for the progress bar
 Metrics = dict[str, Any]
 
 
-def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
-    """rounds, chosen tickets and scans of the finished run in `folder`, in percent where shares.
-
-    Raises:
-        ConfigError: if the run is not there or not finished; CheckpointError: if its files are damaged.
-    """
-    config = finished_run(folder, Config)
-    kept = folder / "eval.json"
-    if kept.exists():
-        return read_json(kept)
+@measurement(Config)
+def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
+    """Rounds, chosen tickets and scans, in percent where shares; of a surrogate its accuracy."""
     if config.task == "surrogate":
         train, test = clean(config)
         model = network(config, train, device())
         load_weights(model, load_checkpoint(folder / "model.pt"), folder / "model.pt")
-        metrics = {"sa": accuracy(model, test, config.model.normalize)}
-    else:
-        metrics = _chain(config, folder, victim(config), progress or (lambda fraction: None))
-    write_json(kept, metrics)
-    return metrics
+        return {"sa": accuracy(model, test, config.model.normalize)}
+    return _chain(config, folder, victim(config), progress)
 
 
 def _chain(config: Config, folder: Path, there: Victim, progress: Progress) -> Metrics:

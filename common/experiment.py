@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from common.config import ConfigError, load, parse, require
 from common.data import ImageSet, in_order, pixels
-from common.runs import CheckpointError
+from common.runs import CheckpointError, read_json, write_json
 from common.study import Progress
 
 C = TypeVar("C")
+Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,32 @@ def finished_run(folder: Path, config_class: type[C]) -> C:
     if not (folder / "done.json").exists():
         raise ConfigError(f"{folder}: this run is not finished; run train.py with its configuration again")
     return load(config_class, folder / "config.yaml")
+
+
+class Evaluate(Protocol):
+    """The evaluate() of an eval.py: metrics of the finished run in `folder`; progress takes the fraction in [0, 1]."""
+
+    def __call__(self, folder: Path, progress: Progress | None = None) -> Metrics: ...
+
+
+def measurement(config_class: type[C]) -> Callable[[Callable[[C, Path, Progress], Metrics]], Evaluate]:
+    """Make an `Evaluate` of (configuration of a run, its folder, progress) -> metrics, which it keeps in eval.json.
+
+    A second call reads them there. It raises `ConfigError` if the run is not there or not finished, `CheckpointError`
+    if a file of it is damaged.
+    """
+
+    def wrap(measure: Callable[[C, Path, Progress], Metrics]) -> Evaluate:
+        def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
+            config, kept = finished_run(folder, config_class), folder / "eval.json"
+            if not kept.exists():
+                write_json(kept, measure(config, folder, progress or (lambda fraction: None)))
+            return read_json(kept)  # type: ignore[no-any-return]
+
+        evaluate.__doc__ = measure.__doc__
+        return evaluate
+
+    return wrap
 
 
 def train_command(

@@ -13,8 +13,8 @@ from torch import nn
 
 from common.config import command
 from common.data import ImageSet, Splits, in_order, load, pixels
-from common.experiment import Progress, accuracy, device, eval_command, finished_run, load_weights
-from common.runs import load_checkpoint, read_json, write_json
+from common.experiment import Progress, accuracy, device, eval_command, load_weights, measurement
+from common.runs import load_checkpoint, read_json
 from common.vit import build_vit
 from diverse_vit.redundancy import gaussian_rre, redundancy_report, spectrum
 from diverse_vit.settings import Config
@@ -23,29 +23,17 @@ from diverse_vit.timm_parts import blocks_of, qkv_weights
 Metrics = dict[str, Any]
 
 
-def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
-    """Metrics of the finished run in `folder`, kept in eval.json and read from there.
-
-    Args:
-        folder: of the run.
-        progress: called with the finished fraction in [0, 1].
-
-    Raises:
-        ConfigError: if the run is not there or not finished; CheckpointError: if its weights are damaged.
-    """
-    config = finished_run(folder, Config)
-    if (folder / "eval.json").exists():
-        return read_json(folder / "eval.json")
+@measurement(Config)
+def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
+    """Test accuracy, and redundancy of embeddings, attention maps and weights by layer."""
     splits = load(config.data)
     model, average_accuracy = trained_network(folder, config, splits)
     metrics: Metrics = {} if average_accuracy is None else {"average_accuracy": average_accuracy}
     metrics["test_accuracy"] = accuracy(model, splits.test, config.model.normalize, config.eval.batch_size)
-    if progress is not None:
-        progress(0.5)
+    progress(0.5)
     done = read_json(folder / "done.json")
     metrics |= {key: done[key] for key in ("parameters", "skipped", "hooks_left")}
     metrics |= redundancy(model, splits.test, config)
-    write_json(folder / "eval.json", metrics)
     return metrics
 
 

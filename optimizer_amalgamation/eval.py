@@ -9,8 +9,7 @@ from typing import Any
 
 from common.config import command
 from common.data import load
-from common.experiment import Progress, eval_command, finished_run
-from common.runs import read_json, write_json
+from common.experiment import Progress, eval_command, measurement
 from optimizer_amalgamation.measures import random_effects
 from optimizer_amalgamation.race import outcome, race_learnt
 from optimizer_amalgamation.rule import Rule, Weights
@@ -20,19 +19,11 @@ from optimizer_amalgamation.train import make_problem, make_rule, run_weights
 Metrics = dict[str, Any]
 
 
-def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
-    """By problem the measures of `race.outcome` for the run in `folder`, kept in eval.json and read from there.
-
-    Raises:
-        ConfigError: if the run is not there or not finished; CheckpointError: if its weights are damaged.
-    """
-    config = finished_run(folder, Config)
-    if (folder / "eval.json").exists():
-        return read_json(folder / "eval.json")
+@measurement(Config)
+def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
+    """By problem the measures of `race.outcome`."""
     weights = run_weights(folder, config)
-    metrics = race_all(config, make_rule(config.method), weights, progress)
-    write_json(folder / "eval.json", metrics)
-    return metrics
+    return race_all(config, make_rule(config.method), weights, progress)
 
 
 def race_all(config: Config, rule: Rule, weights: Weights, progress: Progress | None = None) -> Metrics:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from common.config import command, require
 from common.data import load
-from common.experiment import device, eval_command, finished_run, load_weights
+from common.experiment import device, eval_command, load_weights, measurement
 from common.masks import Masks
-from common.runs import CheckpointError, load_checkpoint, read_json, write_atomically, write_json
+from common.runs import CheckpointError, load_checkpoint, read_json, write_atomically
 from common.study import Progress
 from sparse_gan.fd_classifier import fd_classifier, real_images
 from sparse_gan.fidelity import fidelity_scores
@@ -34,19 +34,12 @@ SHEET = 20  # images
 SAMPLE_KEY = 7  # of the noise that samples start from: none that training draws from
 
 
-def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
-    """Metrics of the finished run in `folder`, kept in eval.json and read from there.
+@measurement(Config)
+def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
+    """Scores of the averaged generator, its topology, costs and curve; the classifier is kept beside the folder.
 
-    The classifier is kept beside the folder, for all runs there.
-
-    Raises:
-        ConfigError: if the run is not there or not finished; CheckpointError: if its weights are damaged; UserError: if
-            the classifier is no measure.
+    Raises `UserError` if the classifier is no measure.
     """
-    config = finished_run(folder, Config)
-    if (folder / "eval.json").exists():
-        return read_json(folder / "eval.json")
-    tell = progress or (lambda fraction: None)
     splits = load(config.data)
     compared = getattr(splits, config.eval.split)
     fewer = f"less than the {len(compared)} images compared with"
@@ -62,7 +55,7 @@ def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
         **costs(config, g, masks_g, d, masks_d),
     }
     evaluator, report = fd_classifier(config, splits, folder.parent)
-    tell(0.4)
+    progress(0.4)
     real = from_bytes(as_bytes(real_images(compared, config.model.size)))
     images = samples(g.to(device()), config, config.eval.samples)
     metrics |= {**report, **evaluator.score(real, from_bytes(images)), "sheet": packed_sheet(images[:SHEET])}
@@ -75,12 +68,11 @@ def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
         metrics["masked_average_fd"] = evaluator.distance(real, from_bytes(masked))
     curve: list[list[float]] = []
     for step in snapshot_steps(config):
-        tell(0.5 + 0.5 * len(curve) / config.train.snapshots)
+        progress(0.5 + 0.5 * len(curve) / config.train.snapshots)
         there = snapshot_path(folder, step)
         _load(g, load_checkpoint(there), there, "average")
         curve.append([step, evaluator.distance(real, from_bytes(samples(g, config, config.eval.curve_samples)))])
     metrics["curve"] = curve
-    write_json(folder / "eval.json", metrics)
     return metrics
 
 

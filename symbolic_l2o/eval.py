@@ -12,8 +12,8 @@ import torch
 
 from common.config import UserError, command
 from common.data import load
-from common.experiment import Progress, eval_command, finished_run, load_weights
-from common.runs import load_checkpoint, read_json, write_atomically, write_json
+from common.experiment import Progress, eval_command, load_weights, measurement
+from common.runs import load_checkpoint, read_json, write_atomically
 from symbolic_l2o.distill import Distilled, distill
 from symbolic_l2o.records import SRData, collect
 from symbolic_l2o.regression import Search
@@ -97,15 +97,9 @@ def measures(equations: Equations) -> dict[str, Metrics]:
     return rows
 
 
-def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
-    """Metrics of the finished run in `folder`, kept in eval.json and read from there.
-
-    Raises:
-        ConfigError: if the run is not there or not finished; CheckpointError: if its weights are damaged.
-    """
-    config = finished_run(folder, Config)
-    if (folder / "eval.json").exists():
-        return read_json(folder / "eval.json")
+@measurement(Config)
+def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
+    """A network's accuracy, a tuning's losses and rule, or a teacher's equations, which it writes beside them."""
     metrics: Metrics
     if config.task == "network":
         splits = load(config.data)
@@ -122,7 +116,6 @@ def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
         metrics = {"equations": measures(equations), "rows": len(equations.test)}
         for name, one in equations.found.items():
             write_atomically(folder / f"rule-{name}.json", one.rule.to_json().encode())
-    write_json(folder / "eval.json", metrics)
     return metrics
 
 

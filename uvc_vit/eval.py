@@ -11,9 +11,9 @@ from torch import nn
 
 from common.config import command
 from common.data import load
-from common.experiment import Progress, accuracy, device, eval_command, finished_run, load_weights
+from common.experiment import Progress, accuracy, device, eval_command, load_weights, measurement
 from common.masks import prunable_weights
-from common.runs import CheckpointError, load_checkpoint, read_json, write_json
+from common.runs import CheckpointError, load_checkpoint
 from uvc_vit.adapter import ViTAdapter
 from uvc_vit.choose import build
 from uvc_vit.macs import count_flops, macs
@@ -24,19 +24,9 @@ from uvc_vit.slim import slim
 Metrics = dict[str, Any]
 
 
-def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
-    """Metrics of the finished run in `folder`, kept in eval.json and read from there.
-
-    Args:
-        folder: of the run.
-        progress: called with the finished fraction in [0, 1].
-
-    Raises:
-        ConfigError: if the run is not there or not finished; CheckpointError: if its files are damaged.
-    """
-    config = finished_run(folder, Config)
-    if (folder / "eval.json").exists():
-        return read_json(folder / "eval.json")
+@measurement(Config)
+def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
+    """Accuracy before and after fine-tuning; FLOPs, parameters and latency of the slim network; what is left."""
     splits = load(config.data)
     _, size = config.model.image_shape(splits.train)
     plan = read_plan(folder / "plan.json")
@@ -49,11 +39,9 @@ def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
     for name, file in (("before_accuracy", "before.pt"), ("test_accuracy", "model.pt")):
         load_weights(model, load_checkpoint(folder / file), folder / file)
         metrics[name] = accuracy(model, splits.test, config.model.normalize, config.eval.batch_size)
-        if progress is not None:
-            progress(1.0 if name == "test_accuracy" else 0.5)
+        progress(1.0 if name == "test_accuracy" else 0.5)
     metrics |= cost(dense.to(device()), model, (size, size))
     metrics |= left(plan) | {"density": density(model)}
-    write_json(folder / "eval.json", metrics)
     return metrics
 
 

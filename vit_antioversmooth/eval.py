@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from common.config import command
 from common.data import ImageSet, in_order, load, pixels
-from common.experiment import Progress, accuracy, device, eval_command, finished_run, load_weights
-from common.runs import load_checkpoint, read_json, write_json
+from common.experiment import Progress, accuracy, device, eval_command, load_weights, measurement
+from common.runs import load_checkpoint
 from vit_antioversmooth.attnscale import AttnScale
 from vit_antioversmooth.probe import FrequencyProbe
 from vit_antioversmooth.scales import scale_modules
@@ -26,19 +26,9 @@ from vit_antioversmooth.train import network
 Metrics = dict[str, Any]
 
 
-def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
-    """Metrics of the finished run in `folder`, kept in eval.json and read from there.
-
-    Args:
-        folder: of the run.
-        progress: called with the finished fraction in [0, 1].
-
-    Raises:
-        ConfigError: if the run is not there or not finished; CheckpointError: if its weights are damaged.
-    """
-    config = finished_run(folder, Config)
-    if (folder / "eval.json").exists():
-        return read_json(folder / "eval.json")
+@measurement(Config)
+def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
+    """Test accuracy; by layer frequencies, cosines and maps; scales; the theorems' numbers."""
     splits = load(config.data)
     path = folder / "model.pt"
     content = load_checkpoint(path)
@@ -49,10 +39,8 @@ def evaluate(folder: Path, progress: Progress | None = None) -> Metrics:
         metrics["average_accuracy"] = accuracy(model, splits.test, config.model.normalize, config.eval.batch_size)
     load_weights(model, content, path)
     metrics["test_accuracy"] = accuracy(model, splits.test, config.model.normalize, config.eval.batch_size)
-    if progress is not None:
-        progress(0.5)
+    progress(0.5)
     metrics |= measure(model, splits.test, config)
-    write_json(folder / "eval.json", metrics)
     return metrics
 
 

@@ -19,10 +19,11 @@ from common.experiment import (
     eval_command,
     finished_run,
     load_weights,
+    measurement,
     progress_bar,
     train_command,
 )
-from common.runs import CheckpointError, RunConfig, write_json
+from common.runs import CheckpointError, RunConfig, read_json, write_json
 from common.tests.paper_checks import refusal, said
 
 
@@ -130,6 +131,28 @@ def test_only_a_finished_run_is_measured(tmp_path: Path) -> None:
         finished_run(run, Config)
     with pytest.raises(ConfigError, match="nowhere: no such run"):
         finished_run(tmp_path / "nowhere", Config)
+
+
+def test_a_run_is_measured_once_with_its_configuration_and_what_was_found_is_kept(tmp_path: Path) -> None:
+    told: list[float] = []
+
+    @measurement(Config)
+    def evaluate(config: Config, folder: Path, progress: Any) -> dict[str, Any]:
+        """What is measured."""
+        progress(0.5)
+        return {"seed": config.seed, "folder": folder.name, "of": (1, 2)}
+
+    run = run_at(tmp_path / "run", Config(seed=3))
+    found = evaluate(run)
+    assert found == {"seed": 3, "folder": "run", "of": [1, 2]} == read_json(run / "eval.json")
+    write_json(run / "eval.json", {"kept": True})
+    assert evaluate(run, told.append) == {"kept": True} and not told
+    (run / "eval.json").unlink()
+    assert evaluate(run, told.append) == found and told == [0.5]
+    assert evaluate.__doc__ == "What is measured."
+    (run / "done.json").unlink()
+    with pytest.raises(ConfigError, match="this run is not finished"):
+        evaluate(run)
 
 
 # Commands
