@@ -24,27 +24,48 @@ class VerifyConfig:
         ValueError: a negative budget or count, an unknown branching, reduce or bias name.
     """
 
-    pgd_steps: int = 20  # attack steps, each start and target
-    pgd_restarts: int = 3  # starts of each target; 0: no attack
-    pgd_step: float = 0.25  # nominal step in units of eps
-    refine_iters: int = 0  # alpha steps on the intermediate bounds
-    root_steps: int = 20  # alpha steps on the final bound, before branch and bound
+    pgd_steps: int = 20
+    """attack steps, each start and target"""
+    pgd_restarts: int = 3
+    """starts of each target; 0: no attack"""
+    pgd_step: float = 0.25
+    """nominal step in units of eps"""
+    refine_iters: int = 0
+    """alpha steps on the intermediate bounds"""
+    root_steps: int = 20
+    """alpha steps on the final bound, before branch and bound"""
     root_lr: float = 0.1
-    bab_steps: int = 20  # alpha and beta steps of each child
+    """step size of Adam there"""
+    bab_steps: int = 20
+    """alpha and beta steps of each child"""
     lr_alpha: float = 0.01
+    """of the alphas of a child"""
     lr_beta: float = 0.05
+    """of the betas of a child"""
     decay: float = 0.98
-    branching: str = "kfsb"  # or "babsr"
+    """factor of the step size after each step"""
+    branching: str = "kfsb"
+    """kfsb or babsr: how the neuron to split is scored"""
     kfsb_k: int = 3
+    """of kfsb: candidates that are tried"""
     reduce: Reduce = "min"
-    branching_bias: str = "folded"  # or "bn_beta", as released
-    max_rows: int = 512  # domains split at once, over all images
-    max_images: int = 256  # images whose bounds are held at once
-    max_nodes: int | None = 1000  # child bounds an image, all targets; 0: no branch and bound; None: no limit
-    timeout_s: float | None = None  # seconds an image, all targets and stages; not reproducible, unlike max_nodes
-    hopeless_below: float | None = None  # images with a root bound this low are not branched on
-    leaf_lp: bool = True  # exact LP, if scipy is there, where every ReLU is decided
+    """of the scores of a neuron's two children"""
+    branching_bias: str = "folded"
+    """of the scores; folded, or bn_beta as released"""
+    max_rows: int = 512
+    """domains split at once, over all images"""
+    max_images: int = 256
+    """images whose bounds are held at once"""
+    max_nodes: int | None = 1000
+    """child bounds an image, all targets; 0: no branch and bound; None: no limit"""
+    timeout_s: float | None = None
+    """seconds an image, all targets and stages; not reproducible, unlike max_nodes"""
+    hopeless_below: float | None = None
+    """images with a root bound this low are not branched on"""
+    leaf_lp: bool = True
+    """exact LP, if scipy is there, where every ReLU is decided"""
     seed: int = 0
+    """of the attack's starts"""
 
     def __post_init__(self) -> None:
         for name in ("pgd_steps", "pgd_restarts", "refine_iters", "root_steps", "bab_steps", "max_nodes"):

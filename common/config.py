@@ -4,6 +4,7 @@ Every wrong key, type or value ends in one line that names the key, its value an
 before anything is computed or written.
 """
 
+import argparse
 import dataclasses
 import difflib
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 C = TypeVar("C")
 
@@ -35,7 +36,14 @@ def require(allowed_now: bool, name: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{name} must be {allowed}, got {value!r}")
 
 
-def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str = "") -> C:
+def parse(
+    config_class: type[C],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str = "",
+    without: Sequence[str] = (),
+) -> C:
     """A `config_class` from `--config FILE.yaml` (optional) and dotted overrides such as `--data.fraction 0.1`.
 
     Args:
@@ -43,6 +51,7 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
         argv: the command line without the program's name; `sys.argv[1:]` if None.
         prog: the command as the user types it, for the help text.
         description: one line for the help text.
+        without: sections that the command reads past, left out of the help text.
 
     Raises:
         ConfigError: on any key, type or value that is not allowed.
@@ -51,10 +60,19 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
     _check_files(argv, config_class)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under a field is its help text
     parser = ArgumentParser(
-        prog=prog, description=description, exit_on_error=False, parser_mode="yaml", allow_abbrev=False
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--option VALUE ...]",
+        description=description,
+        formatter_class=_Help,
+        exit_on_error=False,
+        parser_mode="yaml",
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file; later options override it")
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file; later options override it")
     parser.add_class_arguments(config_class)
+    for action in parser._actions:
+        if action.help == "Path to a configuration file." or action.dest.partition(".")[0] in without:
+            action.help = argparse.SUPPRESS
     try:
         config = parser.instantiate(parser.parse_args(argv))
         values = {field.name: config[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
@@ -63,6 +81,14 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
         raise
     except (ArgumentError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise ConfigError(_one_line(error, config_class)) from error
+
+
+class _Help(DefaultHelpFormatter):  # type: ignore[misc]
+    """Types are told where the option does not list its values anyway."""
+
+    def _get_help_string(self, action: Any) -> str:
+        text: str = super()._get_help_string(action)
+        return text.replace("type: %(type)s, ", "") if str(action.metavar).startswith("{") else text
 
 
 def load(config_class: type[C], path: Path) -> C:
@@ -147,5 +173,6 @@ def _one_line(error: Exception, config_class: Any) -> str:
         return _unknown(unknown[1], inner, prefix)
     if wrong := re.match(r"Parser key \"([^\"]+)\": Expected an? (.+?)\. Got value: (.*)$", text):
         kind = re.sub(r"<class '(\w+)'>", r"\1", wrong[2]).replace("typing.", "")
+        kind = re.sub(r"Literal\[(.*?)\]", lambda found: f"one of {found[1]}".replace("'", ""), kind)
         return f"{wrong[1]} must be {kind}, got {wrong[3]!r}"
     return text

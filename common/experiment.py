@@ -129,7 +129,7 @@ def train_command(
     """
     paper = Path(file).parent.name
     about = f"{paper}: train one run from one YAML file"
-    config: Any = parse(config_class, prog=f"python {paper}/train.py", description=about)
+    config: Any = parse(config_class, prog=f"python {paper}/train.py", description=about, without=["study"])
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     folder = Path(config.run.folder or f"runs/{paper}/{name(config)}")

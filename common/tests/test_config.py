@@ -98,7 +98,18 @@ def test_help_shows_the_line_under_a_field_and_ends_with_status_0(capsys: pytest
     with pytest.raises(SystemExit) as stop:
         parse(Config, ["--help"], prog="train")
     assert stop.value.code == 0
-    assert "part of the images" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("usage: train [--config FILE] [--option VALUE ...]\n")
+    assert "part of the images" in out and "--seed SEED" in out and "type: int, default: 0" in out
+    assert "--kind {small,large}" in out and "Literal" not in out and "configuration file" not in out
+
+
+def test_help_leaves_out_the_sections_that_a_command_reads_past(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Config, ["--help"], prog="train", without=["data"])
+    out = capsys.readouterr().out
+    assert "--data" not in out and "part of the images" not in out and "--seed SEED" in out
+    assert parse(Config, ["--data.fraction", "0.25"], prog="train", without=["data"]).data.fraction == 0.25
 
 
 @pytest.mark.parametrize(
@@ -115,7 +126,7 @@ def test_help_shows_the_line_under_a_field_and_ends_with_status_0(capsys: pytest
         ("seed: true", "seed must be int, got 'True'"),
         ("bf16: 1", "bf16 must be bool, got '1'"),
         ("note: 3", "note must be str, got '3'"),
-        ("kind: huge", "kind must be Literal['small', 'large'], got 'huge'"),
+        ("kind: huge", "kind must be one of small, large, got 'huge'"),
         ("data: {classes: 3}", "data.classes must be list, got '3'"),
         ("data: {classes: [a]}", "data.classes must be int, got 'a'"),
         ("data: {fraction: 2}", "data.fraction must be in (0, 1], got 2.0"),
