@@ -36,13 +36,17 @@ class AttackConfig:
     ratio: float = 0.01
     """share of the training images, with clean_label of the target class"""
     target: int = 0
+    """the label that the trigger calls for"""
     trigger: Literal["rgb", "gray"] = "rgb"
+    """colours of the patch"""
     size: int = 5
     """side of the patch"""
     place: str = "bottom_right"
     """bottom_right is upper right in the released code, top_left its bottom left"""
     margin: int = 3
+    """pixels between the patch and the border"""
     select: Literal["random", "first"] = "random"
+    """which training images are poisoned"""
     equalise: bool = False
     """cut every class to the size of the smallest after poisoning, so that the target is no larger than the others"""
     surrogate: str = ""
@@ -103,9 +107,11 @@ class PruneConfig:
     rate: float = 0.2
     """share of the survivors that a round removes"""
     rounds: int = 50
+    """of pruning, after round 0 of the dense network"""
     fast_rounds: int = 0
     """this many first rounds remove `fast_rate` instead: a shortcut of ours"""
     fast_rate: float = 0.6
+    """share of the survivors that a fast round removes"""
 
     def __post_init__(self) -> None:
         require(0 < self.rate < 1, "prune.rate", self.rate, "in (0, 1)")
@@ -125,9 +131,11 @@ class ScoreConfig:
     steps: int = 10
     """of fine-tuning"""
     lr: float = 1e-3
+    """of that fine-tuning"""
     batches: int = 8
     """of training images, on which errors are measured"""
     points: int = 11
+    """between the two networks, ends included, at which errors are measured"""
     extreme: float = 0.01
     """the winner is sought among tickets of at most this density"""
 
@@ -144,11 +152,15 @@ class InversionConfig:
     """The search for triggers."""
 
     method: Literal["tabor", "nc"] = "tabor"
+    """tabor: this paper's variant of it; nc: Neural Cleanse"""
     images: int = 100
     """of noise, at every step"""
     steps: int = 100
+    """of optimisation, for each label"""
     attack_loss: Literal["ce", "cw"] = "ce"
+    """cross-entropy, or Carlini and Wagner's margin"""
     keep: Literal["last", "min"] = "last"
+    """last: the last trigger that attacks well enough; min: the smallest such"""
     norm: Literal["mask", "trigger"] = "mask"
     """whose least size detects"""
     clean: int = 100

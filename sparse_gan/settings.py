@@ -58,21 +58,25 @@ class SparsityConfig:
     """static, dynamic: at random from the first step, the topology fixed or moving; snip: by saliency before training;
     gmp: gradually; oneshot: after dense training, then fine-tuned; imp: iteratively, with rewinding"""
     density_g: float = 0.2
+    """share of the generator's weights that stay"""
     density_d: float = 0.3
-    """neither counts for dense; gmp leaves the discriminator dense"""
+    """of the discriminator's; neither counts for dense, and gmp leaves the discriminator dense"""
     distribution: Literal["erk", "uniform"] = "erk"
     """of static and dynamic: densities of the layers"""
     explore: Literal["g", "d", "both"] = "g"
     """dynamic: whose topology moves; g is STU-GAN"""
     growth_g: Literal["gradient", "random"] = "gradient"
-    """random is SET"""
+    """how the generator's new weights are found; random is SET"""
     growth_d: Literal["gradient", "random"] = "random"
+    """how the discriminator's are, where it moves"""
     regrown: Literal["zero", "keep"] = "zero"
     """where a weight starts that is dropped and grown in the same move; the authors' code keeps it"""
     update_every: int = 500
     """generator steps between two moves (Delta T), and between two prunings of gmp"""
     drop_fraction: float = 0.5
+    """of the active weights that the first move exchanges, falling as a cosine"""
     drop_end: float = 0.005
+    """of those that the last exchanges"""
     moments: Literal["sparse", "dense"] = "sparse"
     """static, dynamic, snip: dense lets Adam's moments of inactive weights accumulate, as in the authors' code"""
     scope: Literal["global", "uniform"] = "global"

@@ -46,7 +46,9 @@ class MetaConfig:
     evaluate_every: int = 10
     """epochs; the best evaluated weights are kept"""
     evaluation_horizon: int = 100
+    """steps of an evaluating run"""
     evaluation_runs: int = 2
+    """runs whose losses are averaged"""
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "meta.epochs", self.epochs, "at least 1")
@@ -122,6 +124,7 @@ class RecordConfig:
     steps: int = 100
     """T of a recorded run"""
     runs: int = 6
+    """recorded of each teacher"""
     length: int = 20
     """L of a window; the template of a DM teacher may look back further through its poles only"""
     per_tensor: int = 100
@@ -158,6 +161,7 @@ class L2OStudy(StudyConfig):
     lrs: list[float] = field(default_factory=lambda: [1e-3, 1e-3, 3e-3, 3e-3])
     """their meta learning rates"""
     race_steps: int = 300
+    """of every race but the convolutional network's"""
     conv_steps: int = 100
     """of the race on the convolutional network"""
     inits: int = 10
@@ -165,6 +169,7 @@ class L2OStudy(StudyConfig):
     teacher_inits: int = 5
     """starts of a race between a teacher and its equations"""
     baselines: list[OptimizerName] = field(default_factory=lambda: ["sgdm", "adam"])
+    """analytical optimizers that race"""
     grid: list[float] = field(default_factory=lambda: list(DEMO_GRID))
     """learning rates of each baseline; each with constant and cosine schedule"""
     tuning_inits: int = 2
@@ -172,7 +177,9 @@ class L2OStudy(StudyConfig):
     unseen: list[ProblemName] = field(default_factory=lambda: ["relu3", "tanh", "conv"])
     """problems of the race that no teacher was trained on"""
     tune_epochs: int = 10
+    """of meta-tuning the preset"""
     tune_lr: float = 0.1
+    """meta learning rate there"""
     tune_gain: float = 0.1
     """the preset's linear coefficients are made this much smaller, then tuned on conv"""
     networks: list[str] = field(default_factory=list)

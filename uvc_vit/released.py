@@ -24,13 +24,19 @@ class ReleasedSettings:
     slr: float = 0.02
     """step of s"""
     rlr: float = 0.02
+    """step of r"""
     ylr: float = 1e-4
+    """step of y"""
     plr: float = 1e-4
+    """step of p"""
     zlr: float = 1.0
+    """step of z"""
     glr: float = 0.1
     """step of the gates"""
     gate_momentum: float = 0.9
+    """of the gates' SGD"""
     gate_decay: float = 1e-4
+    """weight decay of the gates"""
     gating_weight: float = 5e-4
     """of R's part of the gates' gradient"""
     gating_interval: int = 50
@@ -38,6 +44,7 @@ class ReleasedSettings:
     z_clip: float = 0.5
     """R - budget acts on s, r and the gates within this only"""
     tau: float = 0.5
+    """temperature of the noisy gates"""
 
 
 @dataclass

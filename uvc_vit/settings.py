@@ -30,7 +30,9 @@ class SearchConfig:
     """Stage 1, in which method uvc finds what goes; the other methods choose at once and add its epochs to stage 2."""
 
     epochs: int = 8
+    """of stage 1"""
     lr: float = 5e-4
+    """of the weights in stage 1"""
     warmup_steps: int = 0
     """over which lr rises, before it falls as a cosine"""
     accumulate: int = 4

@@ -47,6 +47,7 @@ class UVCConfig:
     resource_weight: float = 1.0
     """of R in the gates' gradient"""
     z_max: float = 200.0
+    """largest z"""
     ez: float = 1.0
     """mode fixed: step of z"""
     mu: float = 80.0
