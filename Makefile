@@ -34,7 +34,12 @@ setup: .venv/ready  ## build .venv with everything pinned in constraints.txt
 $(PAPERS:%=reproduce-%): reproduce-%: .venv/ready  ## reproduce one paper: runs, judged claims, report
 	@$(BIN)/python -m $(subst -,_,$*).reproduce --scale $(SCALE) --study.workers $(WORKERS) --study.runs $(RUNS) $(seeds) $(ARGS)
 
-reproduce-all: $(PAPERS:%=reproduce-%)  ## all papers, one after another
+reproduce-all: .venv/ready  ## all papers one after another (90 minutes at demo), then one table of verdicts and report.html
+	@for paper in $(subst -,_,$(PAPERS)); do \
+	  $(BIN)/python -m $$paper.reproduce --scale $(SCALE) --study.workers $(WORKERS) --study.runs $(RUNS) $(seeds) $(ARGS); \
+	  status=$$?; test $$status -lt 128 || exit $$status; test $$status -eq 0 || failed="$$failed $$paper"; \
+	done; \
+	$(BIN)/python -m common.house report.html */results/$(SCALE).json && test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 test: lint  ## lint, types, import rules, tests: of common/ with a coverage floor, of each paper with nothing but common/
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-fail-under=85 common

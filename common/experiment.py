@@ -82,7 +82,11 @@ def finished_run(folder: Path, config_class: type[C]) -> C:
         raise ConfigError(f"{folder}: no such run (it has no config.yaml)")
     if not (folder / "done.json").exists():
         raise ConfigError(f"{folder}: this run is not finished; run train.py with its configuration again")
-    return load(config_class, folder / "config.yaml")
+    try:
+        return load(config_class, folder / "config.yaml")
+    except ConfigError as error:
+        told = str(error).removeprefix(f"{folder / 'config.yaml'}: ")
+        raise ConfigError(f"{folder / 'config.yaml'}: {told}") from error
 
 
 class Evaluate(Protocol):

@@ -1,14 +1,15 @@
 """Each paper must work with nothing but common/ beside it: python common/tests/carry_away.py PAPER ...
 
-Copies PAPER/ and common/ to an empty folder and runs the paper's tests there, a paper a core. No process of theirs,
-however deep, can import from this tree: a `sitecustomize` in that folder takes the editable install out of every
-interpreter's way and notes modules that come from here all the same.
+Copies PAPER/ and common/ to an empty folder and runs the paper's tests and its README's example there, a paper a core.
+No process of theirs, however deep, can import from this tree: a `sitecustomize` in that folder takes the editable
+install out of every interpreter's way and notes modules that come from here all the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,14 @@ def wait_for_group(group: int, seconds: float = 10) -> None:
             time.sleep(0.05)
 
 
+def example(readme: Path) -> str:
+    """The first block of Python."""
+    found = re.search(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    if found is None:
+        raise ValueError(f"{readme}: has no example")
+    return found[1]
+
+
 def carry_away(paper: str) -> tuple[bool, str]:
     """Whether `paper` works in an empty folder, and what its tests said or why not."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
@@ -56,20 +65,24 @@ def carry_away(paper: str) -> tuple[bool, str]:
         strays.touch()
         told = {"PYTHONPATH": str(away), "CARRY_AWAY_ROOT": str(ROOT), "CARRY_AWAY_STRAYS": str(strays)}
         options = ["-x", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir", str(away)]
-        command = [sys.executable, "-m", "pytest", *options, str(away / paper)]
-        tests = subprocess.Popen(
-            command,
-            cwd=away,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **told},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        said, _ = tests.communicate()
-        wait_for_group(tests.pid)
-        if tests.returncode:
-            return False, f"its tests fail there:\n{said}"
+        commands = {
+            "example": ["-c", example(away / paper / "README.md")],
+            "tests": ["-m", "pytest", *options, str(away / paper)],
+        }
+        for what, command in commands.items():
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=away,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **told},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            said, _ = process.communicate()
+            wait_for_group(process.pid)
+            if process.returncode:
+                return False, f"its {what} fail there:\n{said}".replace("example fail", "README's example fails")
         if found := sorted(set(strays.read_text().split())):
             return False, f"it imports from {ROOT}: {', '.join(found)}"
         return True, f"works on its own: {said.strip().splitlines()[-1]}"

@@ -131,6 +131,10 @@ def test_only_a_finished_run_is_measured(tmp_path: Path) -> None:
         finished_run(run, Config)
     with pytest.raises(ConfigError, match="nowhere: no such run"):
         finished_run(tmp_path / "nowhere", Config)
+    another = run_at(tmp_path / "another", Config())
+    (another / "config.yaml").write_text("depth: 3\n")
+    with pytest.raises(ConfigError, match="another/config.yaml: unknown key 'depth'"):
+        finished_run(another, Config)
 
 
 def test_a_run_is_measured_once_with_its_configuration_and_what_was_found_is_kept(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from common import house
 from common.claims import Verdict
 from common.config import command
-from common.house import write_page
+from common.house import studies_of, write_page
 from common.runs import write_json
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -50,7 +50,7 @@ def paths(tmp_path: Path) -> list[Path]:
 
 def written(paths: list[Path]) -> str:
     page = paths[0].parents[2] / "report.html"
-    write_page(page, paths)
+    write_page(page, studies_of(paths))
     return page.read_text()
 
 
@@ -74,6 +74,23 @@ def test_words_of_results_are_text_and_never_markup(tmp_path: Path) -> None:
     text = written([stored(tmp_path, "pruning", "demo", [hostile])])
     assert text.count("<script>") == 1 and "&lt;script&gt;alert(1)" in text
     assert text.count("</table>") == 2 and "<b>" not in text
+
+
+def test_the_command_prints_one_line_a_study_and_the_sums(
+    paths: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = paths[0].parents[2] / "report.html"
+    monkeypatch.setattr(sys, "argv", ["house", str(page), *map(str, paths)])
+    assert house.main() == 0 and page.exists()
+    out = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert lines == [
+        ["another", "demo", "1", "0", "0", "1.5", "2026-11-27"],
+        ["pruning", "demo", "1", "1", "1", "1.5", "2026-11-27"],
+        ["pruning", "cifar", "0", "0", "1", "1.5", "2026-11-27"],
+        ["all", "", "2", "1", "2", "4.5", ""],
+    ]
+    assert out.splitlines()[-1].endswith("report.html")
 
 
 def test_a_paper_without_readme_has_no_title(paths: list[Path]) -> None:
