@@ -133,7 +133,7 @@ def test_only_a_finished_run_is_measured(tmp_path: Path) -> None:
         finished_run(tmp_path / "nowhere", Config)
     another = run_at(tmp_path / "another", Config())
     (another / "config.yaml").write_text("depth: 3\n")
-    with pytest.raises(ConfigError, match="another/config.yaml: unknown key 'depth'"):
+    with pytest.raises(ConfigError, match=r"another/config\.yaml: unknown key 'depth'"):
         finished_run(another, Config)
 
 
