@@ -180,7 +180,10 @@ def _child(run_cell: RunCell, cell: Cell, home: Path, pipe: Connection, gpu: str
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=end_with_the_parent, daemon=True).start()
-    _work(run_cell, cell, home, pipe.send)
+    try:
+        _work(run_cell, cell, home, pipe.send)
+    except OSError as error:  # of the log: no space for it, no permission
+        print(f"\nerror: {_log_of(home)}: {error.strerror}", file=sys.stderr)
 
 
 def _in_processes(todo: list[tuple[Cell, Path]], run_cell: RunCell, workers: int) -> Iterator[float]:

@@ -173,6 +173,18 @@ def test_the_log_of_a_broken_cell_ends_with_the_reason(deed: str, broken: StudyR
     assert last_line(log).startswith(DEATHS[deed])
 
 
+def test_a_cell_whose_log_cannot_be_written_says_so_in_one_line(tmp_path: Path) -> None:
+    run(tmp_path, cells("a"))
+    (log,), (rows,) = tmp_path.glob("*.log"), tmp_path.glob("*.rows.json")
+    rows.unlink()
+    log.unlink()
+    log.mkdir()
+    again = f"from common.tests.test_study import *; print(run(Path({str(tmp_path)!r}), cells('a')))"
+    done = children.run("-c", again)
+    assert "rows=[], failed={'do=a_seed=0'" in done.stdout and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if "error" in line] == [f"error: {log}: Is a directory"]
+
+
 def test_a_broken_cell_is_run_again_by_the_next_study(tmp_path: Path) -> None:
     for _ in range(2):
         run(tmp_path, cells("a", "raise"))
