@@ -311,6 +311,17 @@ CLAIMS: list[Claim] = [
         unit="times",
     ),
     Claim(
+        id="C7c",
+        statement="and is meta-tuned in little more memory than training takes: peak on ResNet-20 over that of Adam",
+        source="abstract",
+        paper="meta-training on ResNet-50 in 30 GB",
+        measure=cost("tuning_peak_ratio"),
+        threshold=1.5,
+        direction="below",
+        interval="worst",
+        unit="times",
+    ),
+    Claim(
         id="C8a",
         statement="The untuned rule beats SGD with momentum and Adam, each at its best, on unseen problems",
         source="ResNet figures",

@@ -6,11 +6,17 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
+from common.data import ImageSet
 from symbolic_l2o.baselines import LearnerOptimizer
+from symbolic_l2o.meta_training import MetaTraining
 from symbolic_l2o.optimizer import SymbolicOptimizer
 from symbolic_l2o.presets import presets
+from symbolic_l2o.problems import make_problem
+from symbolic_l2o.settings import MetaConfig
 from symbolic_l2o.teachers import LSTMTeacher
+from symbolic_l2o.tuning import TunedRule
 
 REPEATS = 5
 
@@ -43,6 +49,40 @@ def step_costs(size: int) -> dict[str, float]:
     found = {f"{kind}_step_ratio": times[kind] / times["pole"] for kind in teachers}
     teacher_floats = {f"{kind}_floats": float(opt.learner.state_floats) for kind, opt in teachers.items()}  # type: ignore[attr-defined]
     return {**found, **teacher_floats, "pole_floats": state_floats(pole, size)}
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most memory that one call of `work` holds at a time above what it found, in tensors on the processor."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        work()
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def tuning_peak(name: str, side: int, batch_size: int = 128, unroll: int = 3) -> float:
+    """Peak memory of meta-tuning the pole rule in forward mode over that of a step of Adam, both on network `name`.
+
+    On images (3, side, side) of noise, states, gradients and activations counted, parameters not.
+    """
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch_size, 3, side, side), generator=rng, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (batch_size,), generator=rng)
+    problem = make_problem(name, ImageSet(images, labels, 10), batch_size, shrink=False)
+    window = {"epochs": 1, "horizon": unroll, "unroll": unroll, "mode": "forward"}
+    once = {"evaluate_every": 2, "evaluation_horizon": 1, "evaluation_runs": 1}
+    tuning = MetaTraining(TunedRule(presets("rp_pole_mnist5k")), problem, MetaConfig(**window, **once), 0)  # type: ignore[arg-type]
+    x = problem.init(rng)
+
+    def adam() -> None:
+        weights = nn.Parameter(x)
+        weights.grad = problem.gradient(weights, problem.batch(0))[1]
+        torch.optim.Adam([weights]).step()
+
+    return peak_bytes(tuning.epoch) / peak_bytes(adam)
 
 
 def tuning_floats(unroll: int, parameters: int, features: int) -> dict[str, float]:

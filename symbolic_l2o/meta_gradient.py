@@ -8,6 +8,7 @@ suffix sums of gradients that the inner loop computed anyway, against which the 
 Equal to backpropagation through the unrolled optimizee with second-order terms dropped.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -129,4 +130,6 @@ class ForwardMode:
         with torch.no_grad():
             out, self.state = function(self.theta, self.state)
         self.sensitivity += self.eta * moved
+        del moved
+        gc.collect(1)  # closures of torch.func and of the rule refer to themselves and hold tensors of this step
         return out

@@ -19,7 +19,7 @@ from common.data import load
 from common.study import Cell, run_study, study_config
 from symbolic_l2o.baselines import LearnerOptimizer, baseline
 from symbolic_l2o.claims import CLAIMS
-from symbolic_l2o.cost import step_costs, tuning_floats
+from symbolic_l2o.cost import step_costs, tuning_floats, tuning_peak
 from symbolic_l2o.eval import distilled, evaluate, load_teacher, measures
 from symbolic_l2o.figures import draw
 from symbolic_l2o.optimizer import SymbolicOptimizer
@@ -177,7 +177,7 @@ def run_cell(config: Config, cell: Cell, folder: Path, progress: Progress) -> li
     if arm == "sanity":
         return sanity_cell(config, cell, progress)
     if arm == "cost":
-        memory = tuning_floats(config.meta.unroll, 8, 2)
+        memory = {**tuning_floats(config.meta.unroll, 8, 2), "tuning_peak_ratio": tuning_peak("resnet20", 32)}
         return [{"cell": {"what": "cost"}, "metrics": {**step_costs(200_000), **memory}}]
     return network_cell(config, cell, folder, progress)
 

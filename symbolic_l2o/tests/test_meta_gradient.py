@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -216,6 +218,20 @@ def test_forward_mode_equals_the_suffix_sums_window_by_window() -> None:
         forward.see(problem.gradient(path.x, problem.batch(7, 6 * window + 6, 1))[1])
         assert relative(forward.total, wanted[window][0]) < 1e-5
         forward.restart(learner.theta, path.x)  # type: ignore[union-attr]
+
+
+def test_a_step_of_forward_mode_leaves_no_cycles_that_would_keep_its_tensors() -> None:
+    learner = learners()["pole"]
+    forward = ForwardMode(learner.step_at, learner.theta, torch.zeros(9), learner.init_state(torch.zeros(9)))  # type: ignore[union-attr]
+    forward.step(torch.ones(9, 2))
+    gc.collect()
+    gc.disable()
+    try:
+        forward.step(torch.ones(9, 2))
+        left = gc.collect()
+    finally:
+        gc.enable()
+    assert left == 0
 
 
 def test_forward_mode_keeps_no_more_for_a_longer_window() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from common.claims import judge
@@ -22,7 +23,7 @@ from common.tests.paper_checks import (
     study_options,
 )
 from symbolic_l2o.claims import CLAIMS
-from symbolic_l2o.cost import step_costs, tuning_floats
+from symbolic_l2o.cost import peak_bytes, step_costs, tuning_floats, tuning_peak
 from symbolic_l2o.expr import fold, latex
 from symbolic_l2o.figures import draw
 from symbolic_l2o.presets import PRESETS, presets
@@ -176,6 +177,13 @@ def test_costs_are_counted() -> None:
     assert (found["pole_floats"], found["rp_s_floats"], found["rp_floats"]) == (4, 16, 82)
     assert found["rp_s_step_ratio"] > 0
     assert tuning_floats(20, 8, 2) == {"suffix": 65, "forward": 12} and tuning_floats(40, 8, 2)["forward"] == 12
+
+
+def test_the_peak_of_meta_tuning_counts_what_is_held_at_once() -> None:
+    assert peak_bytes(lambda: [torch.zeros(1000) for _ in range(3)]) == 12_000
+    assert peak_bytes(lambda: [len(torch.zeros(1000)) for _ in range(3)]) == 4_000
+    assert 1.1 < tuning_peak("conv", 14) < 1.2
+    assert tuning_peak("mlp_mnist", 14) > 20  # the activations are few there, the tangents are not
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from common.tests.paper_checks import check_eval_refuses, copied, kill_after_a_c
 from symbolic_l2o import SymbolicRule, presets
 from symbolic_l2o import eval as evaluation
 from symbolic_l2o import train as training
+from symbolic_l2o.export import ExportConfig, export
 from symbolic_l2o.settings import Config, L2OStudy, MetaConfig, NetworkConfig, RecordConfig
 from symbolic_l2o.train import read_rule, train
 
@@ -55,6 +57,17 @@ def test_a_teachers_run_ends_with_its_best_weights_and_its_equations(finished: P
         assert rule.to_json() == row["rule"]
 
 
+def test_an_equation_of_a_teachers_run_is_exported_by_its_form(finished: Path, tmp_path: Path) -> None:
+    options = ExportConfig(str(finished), "mine", form="template", folder=str(tmp_path))
+    rule, kept = (SymbolicRule.from_json(p.read_text()) for p in (export(options), finished / "rule-template.json"))
+    assert (rule.expr, rule.coefficients) == (kept.expr, kept.coefficients)
+    assert rule.provenance.startswith("template form of a rp_s teacher: mnist5k, half A, ")
+    with pytest.raises(ConfigError, match="form must be one of template, "):
+        export(replace(options, form="magic"))
+    with pytest.raises(ConfigError, match="no such run"):
+        export(replace(options, source=str(tmp_path)))
+
+
 def test_a_tuned_rule_is_written_and_serves_as_the_rule_of_another_run(tmp_path: Path) -> None:
     done = train(config("--task", "tune", "--rule.gain", 0.1, "--meta.lr", 0.1), tmp_path / "tune", quiet)
     path = tmp_path / "tune" / "rule.json"
@@ -63,6 +76,12 @@ def test_a_tuned_rule_is_written_and_serves_as_the_rule_of_another_run(tmp_path:
     train(config(*NETWORK, *options), tmp_path / "network", quiet)
     assert 0 <= evaluation.evaluate(tmp_path / "network")["test_accuracy"] <= 100
     assert "latex" in evaluation.evaluate(tmp_path / "tune")
+    exported = SymbolicRule.from_json(export(ExportConfig(str(path.parent), "mine", folder=str(tmp_path))).read_text())
+    assert exported.coefficients == SymbolicRule.from_json(path.read_text()).coefficients
+    assert (
+        ": mnist5k, half A, sig, seed 0, 12 meta-steps" in exported.provenance
+        and "exported at revision " in exported.provenance
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["symbolic", "adamw"])
