@@ -26,8 +26,10 @@ def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
     return race_all(config, make_rule(config.method), weights, progress)
 
 
-def race_all(config: Config, rule: Rule, weights: Weights, progress: Progress | None = None) -> Metrics:
-    """By problem of evaluation.problems, the measures of a rule with weights (R, *shape)."""
+def race_all(
+    config: Config, rule: Rule, weights: Weights, progress: Progress | None = None, alike: bool = False
+) -> Metrics:
+    """By problem of evaluation.problems, the measures of a rule with weights (R, *shape); alike: see `race_learnt`."""
     splits, problems, metrics = load(config.data), config.evaluation.problems, {}
     for number, entry in enumerate(problems):
         name, size, private = split_problem(entry)
@@ -37,7 +39,7 @@ def race_all(config: Config, rule: Rule, weights: Weights, progress: Progress | 
                 progress((number + fraction) / len(problems))
 
         problem = make_problem(config, splits, name, size)
-        curves = race_learnt(problem, rule, weights, config.evaluation, private, part)
+        curves = race_learnt(problem, rule, weights, config.evaluation, private, part, alike)
         metrics[entry] = outcome(curves, config.evaluation.repeats)
     return metrics
 

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.claims import Rows
-from optimizer_amalgamation.claims import optimizers, raced, rows_of
+from optimizer_amalgamation.rows import optimizers, raced, rows_of
 
 
 def draw(rows: Rows) -> dict[str, Figure]:

@@ -14,11 +14,13 @@ import torch
 from common.data import DataConfig, load
 from common.runs import generator
 from optimizer_amalgamation.episode import begin
+from optimizer_amalgamation.meta_gradient import meta_gradient
+from optimizer_amalgamation.networks import image_problem
 from optimizer_amalgamation.pool import LARGE_TEACHERS
-from optimizer_amalgamation.problems import Problem, image_problem
+from optimizer_amalgamation.problems import Problem
 from optimizer_amalgamation.rule import Context
 from optimizer_amalgamation.students import StudentRule
-from optimizer_amalgamation.unroll import meta_gradient, unroll
+from optimizer_amalgamation.unroll import unroll
 
 BATCH = 32
 PROCESS = Path("/proc") / "self"

@@ -4,7 +4,6 @@ Each replicate has its own weights, draws and schedule; those whose next episode
 What one draws depends on the seed, its number and its own count of episodes only, so that it is the same alone.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,84 +11,20 @@ import torch
 from torch import Tensor
 
 from common.runs import generator
-from optimizer_amalgamation.clip import clip_adaptive
 from optimizer_amalgamation.episode import begin, draw_scale
-from optimizer_amalgamation.perturb import add, cgd, fgsm, gaussian, pgd, relative_gaussian, standard_normal
+from optimizer_amalgamation.meta_gradient import meta_gradient
+from optimizer_amalgamation.noisy_policy import make_policy
+from optimizer_amalgamation.perturb import add, cgd, fgsm, pgd
 from optimizer_amalgamation.problems import Problem
-from optimizer_amalgamation.rule import Context, Rule, State, Weights
-from optimizer_amalgamation.schedules import Schedule, ScheduleConfig
+from optimizer_amalgamation.replicate import Replicate
+from optimizer_amalgamation.rule import Context, Rule, Weights
+from optimizer_amalgamation.schedules import ScheduleConfig
 from optimizer_amalgamation.settings import MetaConfig, PerturbationConfig
-from optimizer_amalgamation.unroll import Guide, Path, Policy, Reduce, meta_gradient, unroll
+from optimizer_amalgamation.unroll import Guide, Path, Policy, Reduce, unroll
 
 TRAIN, VALIDATE, WEIGHTS, NOISE = range(4)  # second key of what is drawn
 VALIDATION_INIT = 12345  # every validation begins at the same parameters
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-7  # of the meta-optimizer Adam
 Teaching = Callable[[Sequence[int]], Sequence[Guide]]
-
-
-class Replicate:
-    """One replicate: what is trained, and where it stands."""
-
-    def __init__(self, number: int, weights: Weights, schedule: ScheduleConfig) -> None:
-        self.number, self.weights, self.schedule = number, weights, Schedule(schedule)
-        zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
-        self.moments: dict[str, Any] = {"m": zeros, "v": copy.deepcopy(zeros), "t": 0}
-        self.kept: dict[str, Any] = {}
-        """checkpoints that the schedule may ask for"""
-        self.validating, self.episode, self.episodes = False, 0, 0
-        """of the present period: its part, the number within it; training episodes so far"""
-        self.losses: list[float] = []
-        self.history: list[list[float]] = []
-        """of each training episode: meta loss, and the share of steps in which each teacher is the nearest"""
-        self.training, self.best = float("nan"), float("nan")
-        self.meta_steps, self.skipped = 0, 0
-
-    def saved(self) -> dict[str, Any]:
-        """Weights and the meta-optimizer's state, to be changed no more."""
-        return {"weights": dict(self.weights), "moments": dict(self.moments)}
-
-    @torch.no_grad()
-    def descend(self, grads: Weights, lr: float) -> None:
-        """One step of Adam; skipped and counted where the gradient is not finite."""
-        if not all(bool(value.isfinite().all()) for value in grads.values()):
-            self.skipped += 1
-            return
-        t = self.moments["t"] + 1
-        rate = lr / (1 - BETA1**t)
-        m, v, weights = {}, {}, {}
-        for name, g in clip_adaptive(grads, self.weights).items():
-            m[name] = BETA1 * self.moments["m"][name] + (1 - BETA1) * g
-            v[name] = BETA2 * self.moments["v"][name] + (1 - BETA2) * g.square()
-            weights[name] = self.weights[name] - rate * m[name] / ((v[name] / (1 - BETA2**t)).sqrt() + EPSILON)
-        self.weights, self.moments = weights, {"m": m, "v": v, "t": t}
-        self.meta_steps += 1
-
-    def finish_period(self) -> float:
-        """Save, and go where the schedule says; returns the period's validation loss."""
-        validation = sum(self.losses) / len(self.losses)
-        for kind, name in self.schedule.record(self.training, validation):
-            if kind == "save":
-                self.kept[name] = self.saved()
-            else:
-                self.weights, self.moments = self.kept[name]["weights"], self.kept[name]["moments"]
-        reference = self.schedule.reference
-        self.best = reference[1] if self.schedule.finished and reference else validation
-        self.kept = {name: self.kept[name] for name in self.schedule.loadable}
-        return validation
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that its next episode depends on, as plain data."""
-        plain = ("validating", "episode", "episodes", "losses", "history", "training", "best", "meta_steps", "skipped")
-        found = {name: getattr(self, name) for name in (*plain, "weights", "moments", "kept")}
-        return {**found, "schedule": self.schedule.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        for name, value in state.items():
-            if name == "schedule":
-                self.schedule.load_state_dict(value)
-            else:
-                setattr(self, name, value)
 
 
 class MetaTraining:
@@ -166,7 +101,7 @@ class MetaTraining:
 
     def weights(self) -> Weights:
         """Of all replicates, (R, *shape) each."""
-        return _stacked(self.replicates)
+        return stacked(self.replicates)
 
     # One meta-step
 
@@ -180,7 +115,7 @@ class MetaTraining:
         weight: Tensor,
         number: int,
     ) -> Any:
-        weights = _stacked(group)
+        weights = stacked(group)
         policy = self._policy(group, len(rows), TRAIN, number, noisy=True)
         noise = self.noise
 
@@ -204,37 +139,14 @@ class MetaTraining:
 
     def _validate(self, group: Sequence[Replicate], path: Path, rows: Tensor, scale: Tensor, number: int) -> Any:
         policy = self._policy(group, len(rows), VALIDATE, number, noisy=self.noise.perturb_validation)
-        return unroll(self.problem, policy, _stacked(group), path, rows, scale, keep=False)
+        return unroll(self.problem, policy, stacked(group), path, rows, scale, keep=False)
 
     def _policy(self, group: Sequence[Replicate], steps: int, what: int, number: int, noisy: bool) -> Policy:
         """The rule with its context and, where `noisy`, with noise drawn once for each step."""
-        kind, magnitude, rule, context = self.noise.kind, self.noise.magnitude, self.rule, self.context
-        hard = bool(getattr(rule, "hardness", 0)) and what == TRAIN
-        if not hard and not (noisy and kind in ("gaussian", "relative", "input")):
-            return lambda weights, state, grad, step: rule.step(weights, state, grad, context)
+        options = self.noise if noisy else PerturbationConfig()
         keys = [(self.seed, NOISE, one.number, what, one.episodes, one.episode, number) for one in group]
-        rngs = [generator(*some) for some in keys]
-        size = self.problem.size
-        weighty = noisy and kind in ("gaussian", "relative")
-        like = _stacked(group)
-        drawn = [standard_normal(like, rngs) for _ in range(steps if weighty else 0)]
-        inputs = [_normal(rngs, (size,)).to(context.ranks) for _ in range(steps if noisy and kind == "input" else 0)]
-        gumbel = [
-            -(-_uniform(rngs, (size, len(rule.pool))).to(context.ranks).log()).log()  # type: ignore[attr-defined]
-            for _ in range(steps if hard else 0)
-        ]
-
-        def policy(weights: Weights, state: State, grad: Tensor, step: int) -> tuple[Tensor, State]:
-            if weighty and kind == "gaussian":
-                weights = gaussian(weights, drawn[step], magnitude)
-            elif weighty:
-                weights = relative_gaussian(weights, drawn[step], magnitude, batched=True)
-            if inputs:
-                grad = grad + magnitude * inputs[step]
-            there = Context(context.ranks, context.tensors, gumbel[step]) if hard else context
-            return rule.step(weights, state, grad, there)
-
-        return policy
+        rngs, training = [generator(*some) for some in keys], what == TRAIN
+        return make_policy(self.rule, self.context, self.problem.shapes, options, steps, rngs, stacked(group), training)
 
     # Whose turn it is, and what is drawn for it
 
@@ -291,13 +203,6 @@ class MetaTraining:
             one.load_state_dict(saved)
 
 
-def _stacked(group: Sequence[Replicate]) -> Weights:
+def stacked(group: Sequence[Replicate]) -> Weights:
+    """The weights of these replicates, (R, *shape) each."""
     return {name: torch.stack([one.weights[name] for one in group]) for name in group[0].weights}
-
-
-def _normal(rngs: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
-    return torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
-
-
-def _uniform(rngs: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
-    return torch.stack([torch.rand(shape, generator=rng) for rng in rngs]).clamp_min(1e-20)

@@ -121,10 +121,12 @@ class NASCell(nn.Module):
 
 
 def is_chain(module: nn.Module) -> bool:
-    """Whether `problems.batched_logits` can run many copies of this network at once."""
+    """Whether `networks.batched_logits` can run many copies of this network at once."""
     kinds = (nn.Conv2d, nn.Linear, nn.ReLU, nn.Sigmoid, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
     return isinstance(module, nn.Sequential) and all(
-        isinstance(layer, kinds) and not (isinstance(layer, nn.Conv2d) and layer.groups != 1) for layer in module
+        isinstance(layer, kinds)
+        and not (isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.dilation != (1, 1) or layer.bias is None))
+        for layer in module
     )
 
 

@@ -150,47 +150,39 @@ class PoolRule:
         return updates[0], state
 
 
+class PoolOptions(TypedDict, total=False):
+    """What the pool's members understand besides their own: see `RuleOptimizer`."""
+
+    weight_decay: float
+    maximize: bool
+
+
 class _PoolOptimizer(RuleOptimizer):
-    def __init__(self, params: Any, teacher: Teacher, lr: float, weight_decay: float, maximize: bool) -> None:
-        super().__init__(params, PoolRule(teacher), {}, lr=lr, warmup=0, weight_decay=weight_decay, maximize=maximize)
+    def __init__(self, params: Any, lr: float, teacher: Teacher, options: PoolOptions) -> None:
+        super().__init__(params, PoolRule(teacher), {}, lr=lr, warmup=0, **options)
 
 
 class PoolSGD(_PoolOptimizer):
     """u = lr g."""
 
-    def __init__(self, params: Any, lr: float = 0.2, *, weight_decay: float = 0.0, maximize: bool = False) -> None:
-        super().__init__(params, Teacher("sgd", 1.0), lr, weight_decay, maximize)
+    def __init__(self, params: Any, lr: float = 0.2, **options: Unpack[PoolOptions]) -> None:
+        super().__init__(params, lr, Teacher("sgd", 1.0), options)
 
 
 class PoolMomentum(_PoolOptimizer):
     """u = lr m, m the moving average: a tenth of torch's momentum at beta 0.9."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 0.5,
-        *,
-        beta: float = 0.9,
-        weight_decay: float = 0.0,
-        maximize: bool = False,
-    ) -> None:
-        super().__init__(params, Teacher("momentum", 1.0, beta1=beta), lr, weight_decay, maximize)
+    def __init__(self, params: Any, lr: float = 0.5, *, beta: float = 0.9, **options: Unpack[PoolOptions]) -> None:
+        super().__init__(params, lr, Teacher("momentum", 1.0, beta1=beta), options)
 
 
 class PoolRMSProp(_PoolOptimizer):
     """u = lr g / sqrt(r + eps)."""
 
     def __init__(
-        self,
-        params: Any,
-        lr: float = 0.005,
-        *,
-        rho: float = 0.9,
-        eps: float = 1e-10,
-        weight_decay: float = 0.0,
-        maximize: bool = False,
+        self, params: Any, lr: float = 0.005, *, rho: float = 0.9, eps: float = 1e-10, **options: Unpack[PoolOptions]
     ) -> None:
-        super().__init__(params, Teacher("rmsprop", 1.0, eps, rho=rho), lr, weight_decay, maximize)
+        super().__init__(params, lr, Teacher("rmsprop", 1.0, eps, rho=rho), options)
 
 
 class PoolAdam(_PoolOptimizer):
@@ -203,43 +195,35 @@ class PoolAdam(_PoolOptimizer):
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-10,
-        weight_decay: float = 0.0,
-        maximize: bool = False,
+        **options: Unpack[PoolOptions],
     ) -> None:
-        super().__init__(params, Teacher("adam", 1.0, eps, *betas), lr, weight_decay, maximize)
+        super().__init__(params, lr, Teacher("adam", 1.0, eps, *betas), options)
 
 
-class PowerSign(_PoolOptimizer):
+class _SignOptimizer(_PoolOptimizer):
+    name: str
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.1,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-10,
+        adaptive: bool = False,
+        **options: Unpack[PoolOptions],
+    ) -> None:
+        name = f"ada{self.name}" if adaptive else self.name
+        super().__init__(params, lr, Teacher(name, 1.0, eps, *betas), options)
+
+
+class PowerSign(_SignOptimizer):
     """u = lr exp(a) g, a in [-1, 1] the agreement of gradient and average; `adaptive`: over sqrt(v + eps)."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 0.1,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-10,
-        adaptive: bool = False,
-        weight_decay: float = 0.0,
-        maximize: bool = False,
-    ) -> None:
-        name = "adapowersign" if adaptive else "powersign"
-        super().__init__(params, Teacher(name, 1.0, eps, *betas), lr, weight_decay, maximize)
+    name = "powersign"
 
 
-class AddSign(_PoolOptimizer):
+class AddSign(_SignOptimizer):
     """u = lr (1 + a) g; see `PowerSign`."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 0.1,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-10,
-        adaptive: bool = False,
-        weight_decay: float = 0.0,
-        maximize: bool = False,
-    ) -> None:
-        name = "adaaddsign" if adaptive else "addsign"
-        super().__init__(params, Teacher(name, 1.0, eps, *betas), lr, weight_decay, maximize)
+    name = "addsign"

@@ -8,7 +8,7 @@ import torch
 from optimizer_amalgamation.measures import best
 from optimizer_amalgamation.pool import LARGE_TEACHERS, Teacher
 from optimizer_amalgamation.problems import Problem
-from optimizer_amalgamation.race import COPIES, Analytical, Curves, TrueAdam, race
+from optimizer_amalgamation.race import COPIES, Analytical, Curves, TrueAdam, Warmed, race
 from optimizer_amalgamation.unroll import Guide
 
 TRUE_ADAM = "true_adam"
@@ -40,14 +40,21 @@ def members() -> dict[str, float]:
 
 
 def measure(
-    problem: Problem, name: str, rates: Sequence[float], starts: Sequence[int], epochs: int, seed: int
+    problem: Problem,
+    name: str,
+    rates: Sequence[float],
+    starts: Sequence[int],
+    epochs: int,
+    seed: int,
+    warmup: tuple[int, float] = (0, 0.0),
 ) -> Curves:
-    """Curves of one optimizer, a rate and a start for every copy; `COPIES` at once."""
+    """Curves of one optimizer, a rate and a start for every copy; `COPIES` at once, SGD first: steps, rate."""
     parts = []
     step = COPIES if problem.samplewise else 1
     for first in range(0, len(starts), step):
         some = slice(first, first + step)
-        parts.append(race(problem, named(name, rates[some]), starts[some], epochs, seed))
+        optimizer = Warmed(named(name, rates[some]), *warmup)
+        parts.append(race(problem, optimizer, starts[some], epochs, seed))
     return Curves(torch.cat([one.train for one in parts]), torch.cat([one.val for one in parts]))
 
 

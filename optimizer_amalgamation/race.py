@@ -10,7 +10,8 @@ from torch import Tensor
 from common.runs import generator
 from optimizer_amalgamation.measures import best, instability, meta
 from optimizer_amalgamation.pool import Teacher
-from optimizer_amalgamation.problems import Problem, gradients, private_gradients, validation_losses
+from optimizer_amalgamation.private import private_gradients
+from optimizer_amalgamation.problems import Problem, gradients, validation_losses
 from optimizer_amalgamation.rule import Context, Rule, State, Weights
 from optimizer_amalgamation.unroll import Guide
 
@@ -72,6 +73,24 @@ class TrueAdam:
         t = state["t"] + 1
         update = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-7)
         return self.rates.to(grad) * update, {"m": m, "v": v, "t": t}
+
+
+class Warmed:
+    """Any optimizer, which SGD goes before for the first `warmup` steps while its averages advance."""
+
+    def __init__(self, optimizer: Guide, warmup: int, rate: float) -> None:
+        self.optimizer, self.warmup, self.rate, self.steps = optimizer, warmup, rate, 0
+
+    def zero_state(self, like: Tensor) -> State:
+        """See `Guide`; the warm-up begins anew."""
+        self.steps = 0
+        return self.optimizer.zero_state(like)
+
+    def step(self, state: State, grad: Tensor) -> tuple[Tensor, State]:
+        """See `Guide`."""
+        self.steps += 1
+        update, state = self.optimizer.step(state, grad)
+        return (self.rate * grad if self.steps <= self.warmup else update), state
 
 
 class Learnt:
@@ -155,6 +174,7 @@ def race_learnt(
     options: Any,
     private: bool = False,
     progress: Progress | None = None,
+    alike: bool = False,
 ) -> Curves:
     """R replicates, `options.repeats` trainings each, the replicate's trainings one behind the other (R J, E).
 
@@ -165,6 +185,7 @@ def race_learnt(
         options: an `EvaluationConfig`.
         private: see `race`.
         progress: called with the finished fraction.
+        alike: all replicates from the same J starts, instead of each from the next J.
     """
     replicates = len(next(iter(weights.values())))
     context, found = Context.of(problem.shapes, problem.inputs), []
@@ -172,7 +193,8 @@ def race_learnt(
     for some in starts.split(COPIES if problem.samplewise else 1):
         own = {name: value[some // options.repeats].to(problem.inputs) for name, value in weights.items()}
         optimizer = Learnt(rule, own, context, options.warmup, options.warmup_rate)
-        found.append(race(problem, optimizer, some.tolist(), options.epochs, options.seed, private))
+        own_starts = (some % options.repeats if alike else some).tolist()
+        found.append(race(problem, optimizer, own_starts, options.epochs, options.seed, private))
         if progress is not None:
             progress((int(some[-1]) + 1) / len(starts))
     return Curves(torch.cat([one.train for one in found]), torch.cat([one.val for one in found]))

@@ -24,7 +24,7 @@ from optimizer_amalgamation.memory import peak_bytes, plain_step
 from optimizer_amalgamation.pool_search import choose, measure, members, oracle
 from optimizer_amalgamation.race import outcome
 from optimizer_amalgamation.schedules import ScheduleConfig
-from optimizer_amalgamation.settings import AmalgamationStudy, Config, PerturbationConfig, split_problem
+from optimizer_amalgamation.settings import AmalgamationStudy, Config, split_problem
 from optimizer_amalgamation.students import StudentRule
 from optimizer_amalgamation.train import make_problem, train
 from optimizer_amalgamation.weights import load_weights, shipped
@@ -96,13 +96,18 @@ def pool_cell(config: Config, cell: Cell, progress: Progress) -> list[Row]:
         found.append(choose(problem, member, study.factors, study.tuning_repeats, options.epochs, options.seed + 1))
         progress(0.7 * (number + 1) / len(members()))
     best, rows = oracle(found), []
-    for number, one in enumerate(found):
-        starts = list(range(study.pool_repeats))
-        curves = measure(problem, one.name, [one.rate] * len(starts), starts, options.epochs, options.seed)
+    starts = list(range(study.pool_repeats))
+    # The learnt optimizers begin with SGD, the pool does not: its best member is shown with that too (spec f14).
+    entries = [(one, (0, 0.0)) for one in found]
+    entries += [(best, (options.warmup, options.warmup_rate))] if options.warmup else []
+    for number, (one, warmup) in enumerate(entries):
+        curves = measure(problem, one.name, [one.rate] * len(starts), starts, options.epochs, options.seed, warmup)
         metrics = {**outcome(curves, 1), "tuning_loss": one.loss, "at_edge": float(one.at_edge)}
         settings: Row = {"what": "race", "by": one.name, "rate": one.rate, "oracle": one is best}
+        if warmup[0]:
+            settings |= {"by": f"{one.name} after SGD", "oracle": False, "warmup": warmup[0]}
         rows.append({"cell": settings, "metrics": metrics})
-        progress(0.7 + 0.3 * (number + 1) / len(found))
+        progress(0.7 + 0.3 * (number + 1) / len(entries))
     return rows
 
 
@@ -110,8 +115,10 @@ def noise_cell(config: Config, cell: Cell, folder: Path, progress: Progress) -> 
     """Min-max, or in the arm nearest the mean, under noise: a short training, or a whole one with races."""
     kind, magnitude = cell.settings.get("kind", "none"), cell.settings.get("magnitude", 0.0)
     steps = config.study.noise_steps
-    noise = PerturbationConfig(kind if magnitude else "none", magnitude)
+    noise = replace(config.perturbation, kind=kind if magnitude else "none", magnitude=magnitude)
     changes: dict[str, Any] = {"perturbation": noise}
+    if count := config.study.noise_replicates:
+        changes["meta"] = replace(config.meta, replicates=list(range(count)))
     own = arm_config(config, cell.settings.get("reduce", "minmax"), cell.seed)
     if steps:
         first = config.schedule.imitation[:1]
@@ -120,14 +127,15 @@ def noise_cell(config: Config, cell: Cell, folder: Path, progress: Progress) -> 
 
 
 def shipped_cell(config: Config, progress: Progress) -> list[Row]:
-    """All shipped weights on all problems."""
+    """All shipped weights on all problems, each from the starts of the pool."""
     names, rule = shipped(), StudentRule()
     if not names:
         return []
     loaded = [load_weights(name, rule.shapes) for name in names]
     stacked = {key: torch.stack([weights[key] for weights in loaded]) for key in rule.shapes}
     rows = []
-    for problem, metrics in race_all(config, rule, stacked, progress).items():
+    own_starts = replace(config, evaluation=replace(config.evaluation, repeats=config.study.pool_repeats))
+    for problem, metrics in race_all(own_starts, rule, stacked, progress, alike=True).items():
         for number, name in enumerate(names):
             own: Row = {key: [values[number]] for key, values in metrics.items() if key != "curve"}
             rows += races(f"shipped-{name}", {problem: own})

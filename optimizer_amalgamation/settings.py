@@ -7,8 +7,8 @@ from common.config import ConfigError, require
 from common.data import DataConfig
 from common.runs import RunConfig
 from common.study import StudyConfig
+from optimizer_amalgamation.networks import PROBLEMS
 from optimizer_amalgamation.pool import Teacher
-from optimizer_amalgamation.problems import PROBLEMS
 from optimizer_amalgamation.schedules import ScheduleConfig
 
 
@@ -87,6 +87,8 @@ class PerturbationConfig:
     """cgd: always the whole length, as eq. 6 has it"""
     perturb_validation: bool = False
     """gaussian and relative noise in validations too, as the released code has it"""
+    each_tensor: bool = True
+    """gaussian and relative noise anew for every tensor of the optimizee, not only for every inner step"""
 
     def __post_init__(self) -> None:
         require(self.magnitude >= 0, "perturbation.magnitude", self.magnitude, "at least 0")
@@ -178,6 +180,8 @@ class AmalgamationStudy(StudyConfig):
     noise_kinds: list[str] = field(default_factory=lambda: ["relative"])
     noise_steps: int = 60
     """meta-steps of depth 1 of the arms noise and nearest; 0: the whole schedule, and evaluations"""
+    noise_replicates: int = 0
+    """of these arms, numbered from 0; 0: those of meta.replicates"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,7 +190,8 @@ class AmalgamationStudy(StudyConfig):
         require(len(set(self.arms)) == len(self.arms), "study.arms", self.arms, "without repetition")
         for name in ("tuning_repeats", "pool_repeats"):
             require(getattr(self, name) >= 1, f"study.{name}", getattr(self, name), "at least 1")
-        require(self.noise_steps >= 0, "study.noise_steps", self.noise_steps, "at least 0")
+        for name in ("noise_steps", "noise_replicates"):
+            require(getattr(self, name) >= 0, f"study.{name}", getattr(self, name), "at least 0")
         positive = bool(self.factors) and min(self.factors) > 0
         require(positive, "study.factors", self.factors, "positive numbers, one or more")
         require(all(one >= 0 for one in self.noise), "study.noise", self.noise, "numbers of at least 0")

@@ -17,8 +17,9 @@ from common.runs import CheckpointError, Run, load_checkpoint, read_json, save_c
 from optimizer_amalgamation.choice import ChoiceRule
 from optimizer_amalgamation.episode import Trained
 from optimizer_amalgamation.meta_training import MetaTraining, Teaching
+from optimizer_amalgamation.networks import image_problem
 from optimizer_amalgamation.pool import LARGE_CHOICE, LARGE_TEACHERS, SMALL_CHOICE, SMALL_TEACHERS
-from optimizer_amalgamation.problems import Problem, image_problem
+from optimizer_amalgamation.problems import Problem
 from optimizer_amalgamation.rule import Context, Rule, Weights
 from optimizer_amalgamation.scale import ScaleRule
 from optimizer_amalgamation.settings import Config, MethodConfig, parse_teacher

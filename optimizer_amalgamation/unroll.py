@@ -1,10 +1,10 @@
 """One truncated unroll and its exact meta-gradient (Sec. 3.1, 3.2; spec c4), without the graph of the whole unroll.
 
 The student moves the stored parameters p of an optimizee whose effective parameters are p * s. Forward, only p, the
-gradient and every sqrt(N)th state are kept. Backward, step by step: the pull-back through one call of the policy, a
-Hessian-vector product of the optimizee, and the two terms of the loss. It is the gradient that autograd finds through
-the whole unroll, at a fraction of its memory, and teachers leave no more behind than one vector a step, however many
-they are.
+gradient and every sqrt(N)th state are kept. Backward (`meta_gradient.py`), step by step: the pull-back through one call
+of the policy, a Hessian-vector product of the optimizee, and the two terms of the loss. It is the gradient that
+autograd finds through the whole unroll, at a fraction of its memory, and teachers leave no more behind than one vector
+a step, however many they are.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from optimizer_amalgamation.problems import Problem, batch_losses, curvature, gradients
+from optimizer_amalgamation.problems import Problem, batch_losses, gradients
 from optimizer_amalgamation.rule import State, Weights
 
 Policy = Callable[[Weights, State, Tensor, int], tuple[Tensor, State]]
@@ -133,7 +133,7 @@ def unroll(
         losses, true = _joint_gradients(problem, [params * scale, *taught], rows[number])
         grad = true[0] * scale
         alive = alive & losses.isfinite() & start[number].isfinite()
-        update, new_state = _call(policy, weights, state, grad, alive, number)
+        update, new_state = call(policy, weights, state, grad, alive, number)
         new_params = torch.where(alive[:, None], params - update, params)
         meta = torch.where(alive, meta + ((losses + EPSILON).log() - start[number]) / count, meta)
         pull = None
@@ -145,7 +145,7 @@ def unroll(
             imitation = torch.where(alive, imitation + distance / count, imitation)
             nearest += torch.nn.functional.one_hot(closest, len(teachers)) / count
         if keep:
-            steps.append(Step(params, state if number % _apart(count) == 0 else None, grad, losses, alive, pull))
+            steps.append(Step(params, state if number % apart(count) == 0 else None, grad, losses, alive, pull))
         params, state = new_params, new_state
     return Unrolled(meta, imitation, nearest, Path(params, state, tuple(taught), tuple(taught_states)), steps)
 
@@ -172,51 +172,6 @@ def imitate(params: Tensor, taught: Sequence[Tensor], reduce: Reduce) -> tuple[T
     return distance, pull, closest
 
 
-def meta_gradient(
-    problem: Problem,
-    policy: Policy,
-    weights: Weights,
-    found: Unrolled,
-    rows: Tensor,
-    scale: Tensor,
-    imitation_weight: Tensor | float = 0.0,
-) -> Weights:
-    """Gradient of meta + imitation_weight * imitation with respect to the weights, (R, *shape) each.
-
-    Args:
-        problem, policy, weights, rows, scale: as `unroll` had them.
-        found: what it returned, with its steps.
-        imitation_weight: one for all replicates, or (R,).
-    """
-    count = len(found.steps)
-    ahead = torch.zeros_like(scale)  # gradient with respect to the parameters after the step
-    states = {name: torch.zeros_like(value) for name, value in found.path.state.items()}
-    total = {name: torch.zeros_like(value) for name, value in weights.items()}
-    share = (
-        torch.as_tensor(imitation_weight, dtype=scale.dtype, device=scale.device).expand(len(scale))[:, None] / count
-    )
-    behind: dict[int, State] = {}
-    for number in reversed(range(count)):
-        step = found.steps[number]
-        if number not in behind:
-            behind = _states(policy, weights, found.steps, number)
-        some_stopped = not bool(step.alive.all())
-        if step.pull is not None:
-            ahead = ahead + share * _only(step.alive, step.pull, some_stopped)
-        into = _only(step.alive, ahead, some_stopped)
-        grads, before, of_weights = _pull_back(policy, weights, behind.pop(number), step.grad, number, -into, states)
-        bend = curvature(problem, step.params * scale, problem.batch(rows[number]), grads * scale) * scale
-        slope = step.grad / (step.losses + EPSILON)[:, None] / count
-        ahead = ahead + _only(step.alive, bend + slope, some_stopped)
-        if some_stopped:
-            before = {key: torch.where(_like(step.alive, new), new, states[key]) for key, new in before.items()}
-            of_weights = {key: _only(step.alive, value, True) for key, value in of_weights.items()}
-        states = before
-        for name, value in of_weights.items():
-            total[name] += value
-    return total
-
-
 def _joint_gradients(problem: Problem, points: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Losses (R,) at the first point and gradients at all, each (R, n), by as few calls as memory allows."""
     copies, found = len(rows), []
@@ -228,57 +183,21 @@ def _joint_gradients(problem: Problem, points: Sequence[Tensor], rows: Tensor) -
     return found[0][0][:copies], [grad for _, grads in found for grad in grads]
 
 
-def _apart(count: int) -> int:
+def apart(count: int) -> int:
     """Every which step's state is kept of `count`: about 2 sqrt(count) are in memory at once."""
     return math.isqrt(count - 1) + 1
 
 
-def _states(policy: Policy, weights: Weights, steps: Sequence[Step], last: int) -> dict[int, State]:
-    """States before the steps from the last that was kept up to number `last`."""
-    first = last - last % _apart(len(steps))
-    state = steps[first].state
-    assert state is not None
-    found = {first: state}
-    with torch.no_grad():
-        for number in range(first, last):
-            _, state = _call(policy, weights, state, steps[number].grad, steps[number].alive, number)
-            found[number + 1] = state
-    return found
-
-
-def _call(
+def call(
     policy: Policy, weights: Weights, state: State, grad: Tensor, alive: Tensor, number: int
 ) -> tuple[Tensor, State]:
     """The policy's update and next state; where a replicate has stopped, the state as it was."""
     update, new = policy(weights, state, grad, number)
     if not bool(alive.all()):
-        new = {name: torch.where(_like(alive, value), value, state[name]) for name, value in new.items()}
+        new = {name: torch.where(by_replicate(alive, value), value, state[name]) for name, value in new.items()}
     return update, new
 
 
-def _pull_back(
-    policy: Policy, weights: Weights, state: State, grad: Tensor, number: int, of_update: Tensor, of_state: State
-) -> tuple[Tensor, State, Weights]:
-    """Gradients with respect to the gradient, the state and the weights of one call of the policy."""
-    inputs = [grad, *state.values(), *weights.values()]
-    leaves = [one.detach().requires_grad_() for one in inputs]
-    grad, rest = leaves[0], iter(leaves[1:])
-    state = {name: next(rest) for name in state}
-    own = {name: next(rest) for name in weights}
-    with torch.enable_grad():
-        update, new = policy(own, state, grad, number)
-        outputs = [(update, of_update), *((new[name], of_state[name]) for name in new)]
-        outputs = [(value, cotangent) for value, cotangent in outputs if value.requires_grad]
-        values, cotangents = zip(*outputs, strict=True)
-        found = torch.autograd.grad(values, leaves, cotangents, allow_unused=True)
-    filled = [torch.zeros_like(one) if part is None else part for one, part in zip(inputs, found, strict=True)]
-    states, own_found = filled[1 : 1 + len(state)], filled[1 + len(state) :]
-    return filled[0], dict(zip(state, states, strict=True)), dict(zip(own, own_found, strict=True))
-
-
-def _like(alive: Tensor, value: Tensor) -> Tensor:
+def by_replicate(alive: Tensor, value: Tensor) -> Tensor:
+    """alive (R,) with as many axes as `value` (R, ...)."""
     return alive.view(-1, *[1] * (value.ndim - 1))
-
-
-def _only(alive: Tensor, value: Tensor, some_stopped: bool) -> Tensor:
-    return torch.where(_like(alive, value), value, torch.zeros_like(value)) if some_stopped else value

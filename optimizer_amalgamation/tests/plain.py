@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from optimizer_amalgamation.problems import Problem, network_problem
+from optimizer_amalgamation.networks import network_problem
+from optimizer_amalgamation.problems import Problem
 from optimizer_amalgamation.rule import Weights
 from optimizer_amalgamation.unroll import EPSILON, Path
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
-from optimizer_amalgamation import SMALL_CHOICE, ChoiceRule, StudentRule, Teacher
-from optimizer_amalgamation.meta_training import MetaTraining, Replicate
+from common.runs import generator
+from optimizer_amalgamation import SMALL_CHOICE, ChoiceRule, Context, StudentRule, Teacher
+from optimizer_amalgamation.meta_training import MetaTraining
+from optimizer_amalgamation.noisy_policy import make_policy
+from optimizer_amalgamation.replicate import Replicate
 from optimizer_amalgamation.schedules import ScheduleConfig
 from optimizer_amalgamation.settings import MetaConfig, PerturbationConfig
 from optimizer_amalgamation.tests.plain import doubled, tiny
@@ -172,3 +176,87 @@ def test_what_each_episode_found_is_kept() -> None:
     assert logged["nearest_0"] + logged["nearest_1"] == pytest.approx(1)
     mean = sum(replicate.history[0][0] for replicate in one.replicates) / 2
     assert logged["meta_loss"] == pytest.approx(mean)
+
+
+def test_a_period_that_is_repeated_begins_with_the_weights_and_the_moments_of_its_reference() -> None:
+    schedule = ScheduleConfig(kind="repeat", episodes=1, periods=2, validation_episodes=1, threshold=0.5)
+    one = Replicate(0, {"w": torch.ones(2)}, schedule)
+    one.descend({"w": torch.tensor([1.0, -1.0])}, 0.1)
+    good, moments = one.weights["w"], one.moments["m"]["w"]
+    one.losses = [-1.0]
+    one.finish_period()
+    one.descend({"w": torch.tensor([1.0, 1.0])}, 0.1)
+    assert not torch.equal(one.weights["w"], good) and one.schedule.period == 1
+    one.losses = [2.0]
+    one.finish_period()
+    assert (one.schedule.period, one.schedule.repeat) == (1, 1)
+    assert torch.equal(one.weights["w"], good)
+    assert torch.equal(one.moments["m"]["w"], moments) and one.moments["t"] == 1 and one.meta_steps == 2
+
+
+@pytest.mark.parametrize("validating", [False, True])
+def test_an_episode_begins_with_sgd_of_the_warm_ups_rate(validating: bool) -> None:
+    found = []
+    for warmup, rate in ((1, 0.05), (1, 0.0), (0, 0.05)):
+        schedule = dataclasses.replace(ONE, warmups=[warmup])
+        meta = MetaConfig(replicates=[0], unroll=4, spread=1.0, warmup_rate=rate)
+        one = MetaTraining(doubled(tiny()), StudentRule(), meta, schedule, 5)
+        one.replicates[0].validating = validating
+        found.append(one.episode()["meta_loss"])
+    assert found[0] != found[1] and (found[2] == found[0]) == validating  # validations always have one
+
+
+def test_validations_begin_at_one_place_and_training_episodes_at_others() -> None:
+    problem, starts = doubled(tiny()), []
+
+    def spy(rng: torch.Generator) -> torch.Tensor:
+        starts.append(problem.init(rng))
+        return starts[-1]
+
+    meta = MetaConfig(replicates=[0, 1], unroll=4, spread=1.0)
+    for validating in (True, False):
+        one = MetaTraining(dataclasses.replace(problem, init=spy), StudentRule(), meta, ONE, 5)
+        for replicate in one.replicates:
+            replicate.validating = validating
+        one.episode()
+    fixed = problem.init(generator(12345))
+    assert [torch.equal(start, fixed) for start in starts] == [True, True, False, False]
+    assert not torch.equal(starts[2], starts[3])
+
+
+def test_replicates_of_different_stages_have_their_own_weight_of_imitation() -> None:
+    schedule = dataclasses.replace(SHORT, depths=[1, 1], imitation=[0.5, 0.0], validation_depths=[1, 1])
+    together, alone = training([0, 1], schedule), training([1], schedule)
+    for replicate in (together.replicates[1], alone.replicates[0]):
+        replicate.schedule.stage = 1
+    assert together.episode()["replicates"] == 2
+    alone.episode()
+    assert (weights_of(together, 1) - weights_of(alone)).abs().max() < 1e-9
+    taught = training([1], schedule)
+    taught.episode()
+    assert (weights_of(taught) - weights_of(alone)).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("rule", [StudentRule(), ChoiceRule(SMALL_CHOICE)])
+@pytest.mark.parametrize("kind", ["gaussian", "relative"])
+def test_noise_is_drawn_for_every_tensor_and_the_same_weights_everywhere_are_one_draw(rule: Any, kind: str) -> None:
+    problem = doubled(tiny())
+    context = Context.of(problem.shapes, problem.inputs)
+    weights = doubled(rule.init(generator(1), 2))
+    grad = torch.randn(2, problem.size, generator=generator(2), dtype=torch.float64)
+    state = rule.step(weights, rule.zero_state(grad, context), grad, context)[1]
+
+    def call(magnitude: float, each: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        noise = PerturbationConfig(kind, magnitude, each_tensor=each)  # type: ignore[arg-type]
+        rngs = [generator(3, number) for number in range(2)]
+        return make_policy(rule, context, problem.shapes, noise, 1, rngs, weights)(weights, state, grad, 0)
+
+    (still, plain), (same, unmoved) = call(0.0, True), call(0.0, False)
+    assert torch.allclose(still, same, atol=1e-12)
+    assert all(torch.allclose(plain[name], value, atol=1e-12) for name, value in unmoved.items())
+    (each, new), (all_alike, _) = call(0.5, True), call(0.5, False)
+    first, rest = each.split([problem.sizes[0], problem.size - problem.sizes[0]], 1)
+    wanted = all_alike.split([problem.sizes[0], problem.size - problem.sizes[0]], 1)
+    assert torch.allclose(first, wanted[0], atol=1e-12)  # the first tensor has the first draw
+    assert float((rest - wanted[1]).abs().max()) > 1e-4
+    assert {name: value.shape for name, value in new.items()} == {name: value.shape for name, value in plain.items()}

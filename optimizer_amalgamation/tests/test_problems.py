@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,16 +16,16 @@ from common.config import ConfigError
 from common.data import ImageSet, Splits
 from common.runs import generator
 from optimizer_amalgamation.models import MODULES, RECIPES, NASCell, ResNet, chain
+from optimizer_amalgamation.networks import image_problem, network_problem
+from optimizer_amalgamation.private import per_sample_gradients, private_gradients
 from optimizer_amalgamation.problems import (
+    Problem,
     batch_losses,
     curvature,
     gradients,
-    image_problem,
-    network_problem,
-    per_sample_gradients,
-    private_gradients,
     quadratic,
     rastrigin,
+    sample_losses,
     validation_losses,
 )
 from optimizer_amalgamation.tests.plain import REFERENCE, doubled, plain_loss, tiny
@@ -214,3 +216,86 @@ def test_problems_that_do_not_fit_are_refused() -> None:
         image_problem("deeper", splits(14), 4)
     with pytest.raises(ConfigError, match=r"problem.batch_size must be in \[1, 20\], the images, got 21"):
         image_problem("train", splits(28), 21)
+
+
+def chain_case(
+    layers: list[nn.Module], side: int = 9
+) -> tuple[Problem, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """A problem in double precision, two copies' parameters, saturated and not, and minibatches with equal pixels."""
+    rng = generator(1)
+    images = torch.rand(12, 2, side, side, generator=rng, dtype=torch.float64)
+    images[:, :, :4] = 0  # equal patches: the pool's window then has several largest
+    problem = network_problem("chain", nn.Sequential(*layers), images, torch.arange(12) % 4, batch_size=5)
+    params = torch.stack([scale * problem.init(generator(number)) for number, scale in ((0, 1.0), (1, 4.0))]).double()
+    params += 0.1 * torch.rand(params.shape, generator=rng, dtype=torch.float64)
+    return problem, params, problem.batch(torch.stack([problem.draw(1, generator(9, n))[0] for n in range(2)]))
+
+
+CHAINS: dict[str, Callable[[], list[nn.Module]]] = {
+    "relu before the pool, odd side": lambda: [
+        nn.Conv2d(2, 3, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(27, 4),
+    ],
+    "pool alone, then strides": lambda: [
+        *(nn.Conv2d(2, 3, 2), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(16, 4))
+    ],
+    "mean over positions": lambda: [
+        *(nn.Conv2d(2, 3, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5), nn.ReLU()),
+        nn.Linear(5, 4),
+    ],
+    "sigmoid units": lambda: [
+        nn.Flatten(),
+        nn.Linear(162, 5),
+        nn.Sigmoid(),
+        nn.Linear(5, 3),
+        nn.Sigmoid(),
+        nn.Linear(3, 4),
+    ],
+    "linear layers": lambda: [nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3, 2), nn.Flatten(), nn.Linear(18, 4)],
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_derivatives_of_a_chain_are_those_of_autograd(name: str) -> None:
+    problem, params, batch = chain_case(CHAINS[name]())
+    plain = replace(problem, chain=None)
+    vectors = torch.randn(params.shape, generator=generator(5), dtype=torch.float64)
+    assert problem.chain is not None
+    for found, wanted in zip(gradients(problem, params, batch), gradients(plain, params, batch), strict=True):
+        assert float((found - wanted).norm()) < 1e-12 * float(wanted.norm())
+    found, wanted = (curvature(one, params, batch, vectors) for one in (problem, plain))
+    assert float((found - wanted).norm()) < 1e-12 * float(wanted.norm())
+    losses = sample_losses(problem, params, batch)
+    assert (losses - problem.sample_losses(params, batch)).abs().max() < 1e-13
+
+
+def test_a_saturated_sigmoid_has_a_curvature() -> None:
+    problem, params, batch = chain_case(CHAINS["sigmoid units"]())
+    found = curvature(problem, 1e4 * params, batch, torch.ones_like(params))
+    assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(243, 4)],
+        [nn.Conv2d(2, 3, 3, dilation=2), nn.Flatten(), nn.Linear(75, 4)],
+        [nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(196, 4)],
+        [nn.Conv2d(2, 3, 3, bias=False), nn.Flatten(), nn.Linear(147, 4)],
+        [nn.Conv2d(2, 3, 3), nn.MaxPool2d(3, 2), nn.Flatten(), nn.Linear(27, 4)],
+        [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Sigmoid(), nn.Flatten(), nn.Linear(147, 4)],
+        [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(147, 4)],
+        [nn.Conv2d(2, 60, 3), nn.Conv2d(60, 2, 3), nn.Flatten(), nn.Linear(50, 4)],
+    ],
+)
+def test_other_modules_are_left_to_autograd_and_right(layers: list[nn.Module]) -> None:
+    problem, params, batch = chain_case(layers)
+    assert problem.chain is None
+    for number in range(2):
+        module = nn.Sequential(*layers).double()
+        nn.utils.vector_to_parameters(params[number], module.parameters())
+        wanted = F.cross_entropy(module(batch[0][number]), batch[1][number])
+        assert float(problem.losses(params, batch)[number]) == pytest.approx(wanted.item(), rel=1e-12)

@@ -14,7 +14,7 @@ from optimizer_amalgamation import Context, StudentRule, Teacher
 from optimizer_amalgamation.measures import best, instability
 from optimizer_amalgamation.pool_search import Member, choose, measure, members, named, oracle
 from optimizer_amalgamation.problems import gradients, validation_losses
-from optimizer_amalgamation.race import WORST, Analytical, Curves, Learnt, TrueAdam, outcome, race, race_learnt
+from optimizer_amalgamation.race import WORST, Analytical, Curves, Learnt, TrueAdam, Warmed, outcome, race, race_learnt
 from optimizer_amalgamation.settings import EvaluationConfig
 from optimizer_amalgamation.tests.plain import tiny
 
@@ -145,3 +145,46 @@ def test_measures_leave_no_trace_of_shape() -> None:
     assert found["val_best"] == [[0.0], [0.0]] and found["instability"][1] == [0.0]
     assert found["instability"][0][0] == pytest.approx(float(instability(val[0].numpy())))
     assert found["train_best"] == [[0.0], [0.0]] and found["train_last"][0][0] == pytest.approx(math.log(2))
+
+
+class Faulty(Recorder):
+    """Its third update is no number for the second copy; the state counts the steps of each copy and of all."""
+
+    def zero_state(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"own": torch.zeros(len(like), 1), "clock": torch.zeros(())}
+
+    def step(self, state: Any, grad: torch.Tensor) -> Any:
+        update, _ = super().step(state, grad)
+        self.state = {name: value + 1 for name, value in state.items()}
+        if len(self.seen) == 3:
+            update[1, 0] = float("nan")
+        return update, self.state
+
+
+def test_an_update_that_is_no_number_is_left_out_for_its_copy_alone() -> None:
+    problem = tiny(batch_size=6, samples=40)
+    faulty, plain = Faulty(), Recorder()
+    found, wanted = race(problem, faulty, [0, 1], 2, 0), race(problem, plain, [0, 1], 2, 0)
+    assert torch.equal(found.val[0], wanted.val[0]) and float(found.val[1].max()) < WORST
+    assert not torch.equal(found.val[1], wanted.val[1])
+    assert faulty.state["own"].flatten().tolist() == [12, 11] and float(faulty.state["clock"]) == 12
+
+
+def test_any_optimizer_can_begin_with_sgd() -> None:
+    grads = torch.randn(4, 1, 3, generator=generator(0))
+    plain, warmed = TrueAdam([0.1]), Warmed(TrueAdam([0.1]), 2, 0.05)
+    for _ in range(2):  # the warm-up begins anew
+        state, its = plain.zero_state(grads[0]), warmed.zero_state(grads[0])
+        for number, grad in enumerate(grads):
+            wanted, state = plain.step(state, grad)
+            update, its = warmed.step(its, grad)
+            assert torch.equal(update, wanted if number >= 2 else 0.05 * grad)
+
+
+def test_replicates_can_race_from_the_same_starts() -> None:
+    problem, rule = tiny(), StudentRule()
+    weights = {name: value.expand(2, *value.shape[1:]) for name, value in rule.init(generator(0), 1).items()}
+    options = EvaluationConfig(problems=["tiny14"], epochs=1, repeats=2, warmup=2, seed=4)
+    alike, apart = (race_learnt(problem, rule, weights, options, alike=alike).val for alike in (True, False))
+    assert torch.allclose(alike[:2], alike[2:]) and not torch.allclose(apart[:2], apart[2:])
+    assert torch.allclose(alike[:2], apart[:2])

@@ -19,10 +19,11 @@ from common.tests.paper_checks import (
     rows,
     study_options,
 )
-from optimizer_amalgamation.claims import CLAIMS, NOISE, log_spread
+from optimizer_amalgamation.claims import CLAIMS
 from optimizer_amalgamation.figures import draw
 from optimizer_amalgamation.memory import peak_bytes, plain_step
 from optimizer_amalgamation.reproduce import HERE, arm_config, cells_of, reproduce
+from optimizer_amalgamation.rows import NOISE, log_spread
 from optimizer_amalgamation.settings import Config
 
 SMALL = [
@@ -46,7 +47,10 @@ def test_a_study_reports_every_claim_and_its_figures(place: Path) -> None:
 def test_a_study_races_policy_student_and_pool_from_the_same_starts(place: Path) -> None:
     races = {row["cell"]["by"]: row for row in report(place)["rows"] if row["cell"]["what"] == "race"}
     pool = ("sgd", "momentum", "rmsprop", "adam", "powersign", "addsign", "true_adam")
-    assert set(races) == {"choice-large", "choice-large-student", *pool}
+    (warmed,) = (name for name in races if name.endswith(" after SGD"))
+    assert set(races) == {"choice-large", "choice-large-student", warmed, *pool}
+    assert races[warmed]["cell"]["warmup"] == 3 and not races[warmed]["cell"]["oracle"]
+    assert races[warmed.removesuffix(" after SGD")]["cell"]["oracle"]
     assert sum(races[name]["cell"]["oracle"] for name in pool) == 1 and not races["true_adam"]["cell"]["oracle"]
     oracle = min((races[name] for name in pool[:6]), key=lambda row: row["metrics"]["tuning_loss"])
     assert oracle["cell"]["oracle"]
@@ -138,6 +142,33 @@ def test_the_oracle_is_compared_start_by_start(lead: float, verdict: str) -> Non
     assert judged("B3e", [*pool, shipped])[1] == pytest.approx([lead + 0.001 * i for i in range(4)])
 
 
+def student_races(leads: list[list[float]]) -> list[dict[str, Any]]:
+    """A student of two replicates, the second the best in validation, by problem: its differences to the oracle."""
+    found = [training("choice-large", cell={"by": "choice-large-student"}, validations=[-0.1, -0.2])]
+    for number, own in enumerate(leads):
+        oracle = [-1.0 - 0.1 * start for start in range(2 * len(own))]
+        best = [oracle[len(own) + at] + lead for at, lead in enumerate(own)]
+        found.append(race("rmsprop", [[value] for value in oracle], f"p{number}", oracle=True))
+        found.append(race("choice-large-student", [[9.0] * len(own), best], f"p{number}"))
+    return found
+
+
+def test_the_best_student_is_judged_on_two_thirds_of_the_problems() -> None:
+    good, unclear, bad = [0.01, 0.0, 0.01], [-0.3, 0.0, 0.5], [0.21, 0.2, 0.2]
+    verdict, values = judged("B3h", student_races([good, bad, good]))
+    assert verdict == "held" and len(values) == 2 and max(values) < 0.05
+    assert judged("B3h", student_races([good, bad, bad]))[0] == "not held"
+    verdict, values = judged("B3h", student_races([good, unclear, unclear]))
+    assert verdict == "inconclusive" and len(values) == 1 and values[0] > 0.05
+    assert judged("B3h", student_races([good, good, good, bad, bad]))[0] == "not held"  # 3 of 5 are no two thirds
+    assert judged("B3h", student_races([good, good, good, good, bad]))[0] == "held"
+    private = race("choice-large-student", [[0.0] * 3, [9.0] * 3], "p9:dp")  # the pool is not there
+    assert judged("B3h", [*student_races([good, good]), private])[0] == "held"
+    shipped = [row for row in student_races([good, good]) if row["cell"]["by"] == "rmsprop"]
+    shipped += [race("shipped-choice-large", [[-1.0, -1.1, -1.2, -1.3, -1.4, -1.5]], f"p{number}") for number in (0, 1)]
+    assert judged("B3g", shipped) == ("held", [0.0, 0.0])
+
+
 def test_learnt_optimizers_are_compared_by_replicate() -> None:
     ours, theirs = race("minmax", [[-1.6, -1.4], [-1.3, -1.3]]), race("rnnprop", [[-1.4, -1.2], [-1.0, -1.2]])
     assert judged("B2a", [ours, theirs]) == ("held", pytest.approx([-0.2, -0.2]))
@@ -194,6 +225,8 @@ def test_the_spread_under_noise_is_a_log_ratio() -> None:
 
 def test_steadiness_is_over_the_pools_median() -> None:
     pool = [race(name, [[value]], arm="pool") for name, value in (("a", 0.1), ("b", 0.2), ("c", 0.9))]
+    pool.append(race("a after SGD", [[0.0]], arm="pool", warmup=100))
+    pool.append(race("b after SGD", [[0.0]], arm="pool", warmup=100))
     assert judged("B4", [*pool, race("choice-large-student", [[0.1, 0.1]])])[1] == pytest.approx([-0.5])
 
 

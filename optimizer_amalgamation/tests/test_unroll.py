@@ -21,9 +21,10 @@ from optimizer_amalgamation import (
     Teacher,
 )
 from optimizer_amalgamation.episode import Trained, begin, draw_scale
+from optimizer_amalgamation.meta_gradient import meta_gradient
 from optimizer_amalgamation.problems import Problem, quadratic
 from optimizer_amalgamation.tests.plain import doubled, fixture, flat, plain_unroll, tiny
-from optimizer_amalgamation.unroll import Path, imitate, meta_gradient, unroll
+from optimizer_amalgamation.unroll import Path, imitate, unroll
 
 TEACHERS = (Teacher("adam", 0.005), Teacher("rmsprop", 0.005))
 
