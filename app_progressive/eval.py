@@ -10,7 +10,7 @@ from typing import Any
 from app_progressive.configured import megabatches, network
 from app_progressive.images import pool_and_test
 from app_progressive.metrics import generalization_gap
-from app_progressive.pruner import prunable
+from app_progressive.prunable import prunable
 from app_progressive.settings import Config
 from common.config import command
 from common.experiment import Progress, accuracy, device, eval_command, load_weights, measurement

@@ -9,14 +9,12 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from app_progressive.schedules import density_schedule
 from app_progressive.settings import Config
 from app_progressive.threshold import pruned_count
-from common.claims import Claim, Measure, Metrics, Number, Rows, by_seed, difference, each
+from common.claims import Measure, Metrics, Number, Rows, by_seed, difference, each
 
-PRIMARY = ("C1", "C2a", "C2b", "C3a", "C3b", "C3c", "C4a", "C4b")  # judged together by Holm's procedure
 WINDOW = 5  # states over which a gap is averaged
 
 
@@ -129,21 +127,3 @@ def collapse(metrics: Metrics) -> float:
     if not ratios:
         raise KeyError("fewer than four states")
     return max(ratios)
-
-
-def holm(rows: Rows, claims: list[Claim]) -> dict[str, float]:
-    """One-sided p of each primary claim that could be measured, adjusted by Holm's procedure over them."""
-    found = {}
-    for claim in claims:
-        if claim.id in PRIMARY:
-            try:
-                values = claim.measure(rows)
-            except KeyError:
-                continue
-            if len(values) > 1 and np.ptp(values) > 0:
-                found[claim.id] = float(stats.ttest_1samp(values, claim.threshold, alternative="greater").pvalue)
-    adjusted, least = {}, 0.0
-    for rank, (name, p) in enumerate(sorted(found.items(), key=lambda item: item[1])):
-        least = max(least, min(1.0, p * (len(found) - rank)))
-        adjusted[name] = least
-    return {name: adjusted[name] for name in found}

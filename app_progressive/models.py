@@ -66,9 +66,10 @@ class OptionABlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, ins, height, width) -> (batch, outs, height / stride, width / stride)."""
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad)) if self.pad else x
-        return F.relu(out + shortcut)
+        # In place: no backward pass reads the outputs of a batch norm or of the sum.
+        out = self.bn2(self.conv2(F.relu_(self.bn1(self.conv1(x)))))
+        out += F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad)) if self.pad else x
+        return F.relu_(out)
 
 
 class ResNetS(nn.Module):
@@ -92,7 +93,7 @@ class ResNetS(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, classes)."""
-        return self.fc(self.layers(F.relu(self.bn1(self.conv1(x)))).mean((2, 3)))  # type: ignore[no-any-return]
+        return self.fc(self.layers(F.relu_(self.bn1(self.conv1(x)))).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 def _large(name: str, classes: int, imagenet: bool) -> nn.Module:

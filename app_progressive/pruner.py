@@ -7,46 +7,19 @@ for megabatch in stream:
     ...                          # train as usual
 """
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from app_progressive.schedules import cubic_schedule, delta_schedule, open_delta
+from app_progressive.prunable import inner, prunable
+from app_progressive.schedules import Schedule, open_delta, state_targets
 from app_progressive.scores import BLIND, CRITERIA, Batches, Loss, scores
 from app_progressive.threshold import SCOPES, TIES, UPDATES, threshold
-from common.masks import Masks, prunable_weights
-
-Schedule = Literal["exponential", "cubic"]
-
-
-def inner(model: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel and torch.compile."""
-    while True:
-        for wrapper in ("_orig_mod", "module"):
-            if isinstance(found := getattr(model, wrapper, None), nn.Module) and len(list(model.children())) == 1:
-                model = found
-                break
-        else:
-            return model
-
-
-def prunable(
-    model: nn.Module, include: tuple[type[nn.Module], ...] = (nn.Conv2d,), exclude: Sequence[str] = ()
-) -> dict[str, nn.Parameter]:
-    """Weights of the modules of these kinds, by name, but for names that fit a glob of `exclude` ("head*").
-
-    Never biases or norms. A vision transformer: include=(nn.Linear,), exclude=("head*",). ValueError if none is left.
-    """
-    found = prunable_weights(inner(model), include)
-    kept = {n: p for n, p in found.items() if not any(fnmatch.fnmatchcase(n, pattern) for pattern in exclude)}
-    if not kept:
-        raise ValueError(f"exclude must leave a weight to prune, got {list(exclude)}")
-    return kept
+from common.masks import Masks
 
 
 def fresh_weights(weights: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -92,7 +65,7 @@ class AnytimePruner:
         update: str = "nested",
         include: tuple[type[nn.Module], ...] = (nn.Conv2d,),
         exclude: Sequence[str] = (),
-        schedule: Schedule | Sequence[float] = "exponential",
+        schedule: Schedule = "exponential",
         growth: float = 0.5,
         score_weights: str = "current",
         keep_stored: bool = False,
@@ -112,32 +85,21 @@ class AnytimePruner:
         needs_stored = update == "replace" or (update == "intersect" and score_weights == "current")
         if needs_stored and not keep_stored:
             raise ValueError(f"update {update} must have keep_stored=True: projected weights score 0, got False")
-        self._targets: list[tuple[float, float]] | None = None
         if n_states is None:
             open_delta(1, tau, growth)  # checks
-        elif isinstance(schedule, str):
-            if schedule not in ("exponential", "cubic"):
-                raise ValueError(f"schedule must be exponential, cubic or densities, got {schedule!r}")
-            deltas = delta_schedule(n_states, tau)
-            densities = cubic_schedule(n_states, tau, base) if schedule == "cubic" else [base**d for d in deltas]
-            self._targets = list(zip(deltas, densities, strict=True))
-        else:
-            if len(schedule) != n_states or not all(0 < density <= 1 for density in schedule):
-                raise ValueError(f"schedule must be {n_states} densities in (0, 1], got {list(schedule)}")
-            self._targets = [
-                (delta, float(d)) for delta, d in zip(delta_schedule(n_states, tau), schedule, strict=True)
-            ]
+        self._targets = None if n_states is None else state_targets(n_states, tau, base, schedule)
         self.model, self.tau, self.base, self.growth = inner(model), tau, base, growth
         self.criterion, self.scope, self.ties, self.update = criterion, scope, ties, update
         self.score_weights, self.keep_stored = score_weights, keep_stored
         self.names = list(prunable(model, include, exclude))
+        self._owners = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.names}
         self.masks = Masks.ones_like(self._weights())
         self.stored = {name: weight.detach().clone() for name, weight in self._weights().items()} if keep_stored else {}
         self.state = 0
         self._multipliers: dict[str, Tensor] = {}
 
     def _weights(self) -> dict[str, nn.Parameter]:
-        return {name: self.model.get_parameter(name) for name in self.names}
+        return {name: owner.get_parameter("weight") for name, owner in self._owners.items()}
 
     def target(self, state: int) -> tuple[float, float]:
         """Exponent and density wanted in a state, counted from 1. Raises RuntimeError past the last one."""
@@ -198,12 +160,16 @@ class AnytimePruner:
         targets = {"state": state, "delta": delta, "density_target": target}
         return {**targets, "density": self.density(), "per_layer": self.per_layer()}
 
-    def _factors(self) -> list[Tensor]:
-        """The masks as numbers of the weights' dtype on their device."""
-        for name, weight in self._weights().items():
+    def _factors(self, weights: Mapping[str, nn.Parameter]) -> list[Tensor]:
+        """The masks as numbers, each of its weight's dtype, device and strides: equal strides multiply fastest."""
+        for name, weight in weights.items():
             there = self._multipliers.get(name)
-            if there is None or there.device != weight.device or there.dtype != weight.dtype:
-                self._multipliers[name] = self.masks[name].to(weight)
+            if there is None or (there.device, there.dtype, there.stride()) != (
+                weight.device,
+                weight.dtype,
+                weight.stride(),
+            ):
+                self._multipliers[name] = torch.empty_like(weight.detach()).copy_(self.masks[name])
         return [self._multipliers[name] for name in self.names]
 
     @torch.no_grad()
@@ -215,8 +181,8 @@ class AnytimePruner:
     @torch.no_grad()
     def project(self) -> None:
         """Set the masked weights to exactly zero; after loading weights, and after each optimiser step (`attach`)."""
-        weights: list[Tensor] = [weight.data for weight in self._weights().values()]
-        torch._foreach_mul_(weights, self._factors())
+        weights = self._weights()
+        torch._foreach_mul_([weight.data for weight in weights.values()], self._factors(weights))
 
     def attach(self, optimizer: Optimizer) -> Callable[[], None]:
         """Project after every step of `optimizer` from now on; returns a function that ends it.
@@ -227,12 +193,13 @@ class AnytimePruner:
 
         @torch.no_grad()
         def before(*_: Any) -> None:
-            for weight, factor in zip(self._weights().values(), self._factors(), strict=True):
-                if weight.grad is not None:
-                    weight.grad.mul_(factor)
+            weights = self._weights()
+            pairs = zip(weights.values(), self._factors(weights), strict=True)
+            there = [(weight.grad, factor) for weight, factor in pairs if weight.grad is not None]
+            if there:
+                torch._foreach_mul_(*map(list, zip(*there, strict=True)))
             for name, stored in self.stored.items():
-                weight = self.model.get_parameter(name)
-                weight.copy_(torch.where(self._multipliers[name].bool(), weight, stored))
+                weights[name].copy_(torch.where(self._multipliers[name].bool(), weights[name], stored))
 
         @torch.no_grad()
         def after(*_: Any) -> None:

@@ -14,8 +14,8 @@ from app_progressive.claims import claims
 from app_progressive.configured import megabatches, network
 from app_progressive.eval import evaluate
 from app_progressive.figures import draw
+from app_progressive.holm import judge_together
 from app_progressive.images import pool_and_test
-from app_progressive.measures import holm
 from app_progressive.settings import AnytimeStudy, Config, PartConfig, split_arm
 from app_progressive.train import train
 from common.claims import report
@@ -101,12 +101,8 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
     one = replace(config, study=AnytimeStudy(parts=parts))
     folder = Path(config.study.runs) / "app_progressive" / config.study.scale
     study = run_study(cells, partial(run_cell, one), folder, dump(one), config.study)
-    judged = claims(config)
-    status = report(
-        "app_progressive", study, judged, partial(draw, claims=judged), Path(config.study.results or HERE / "results")
-    )
-    for name, p in holm(study.rows, judged).items():
-        print(f"{name}: one-sided p after Holm's correction over the claims C1 to C4: {p:.3g}")
+    judged, place = claims(config), Path(config.study.results or HERE / "results")
+    status = report("app_progressive", study, judged, partial(draw, claims=judged), place, judge_together)
     for arm, nominal, effective in densities_of(study.rows):
         print(f"{arm}: last density nominal {nominal:.4f}, effective {effective:.4f}")
     return status

@@ -5,6 +5,10 @@ APP: d_t = base^delta_t with exponents delta_t from 1 to tau in equal steps. tau
 """
 
 import math
+from collections.abc import Sequence
+from typing import Literal
+
+Schedule = Literal["exponential", "cubic"] | Sequence[float]
 
 
 def _check(n_states: int, tau: float, base: float = 0.5) -> None:
@@ -38,6 +42,25 @@ def cubic_schedule(n_states: int, tau: float, base: float = 0.8) -> list[float]:
     _check(n_states, tau, base)
     final = 1 - base**tau
     return [1 - final * (1 - (1 - state / n_states) ** 3) for state in range(1, n_states)] + [base**tau]
+
+
+def state_targets(n_states: int, tau: float, base: float, schedule: Schedule) -> list[tuple[float, float]]:
+    """Exponent and density of each state under a schedule by name, or under given densities, one a state.
+
+    Raises ValueError: another name, densities that are not n_states in (0, 1], or as `density_schedule`.
+    """
+    deltas = delta_schedule(n_states, tau)
+    if schedule == "exponential":
+        densities = density_schedule(n_states, tau, base)
+    elif schedule == "cubic":
+        densities = cubic_schedule(n_states, tau, base)
+    elif isinstance(schedule, str):
+        raise ValueError(f"schedule must be exponential, cubic or densities, got {schedule!r}")
+    else:
+        densities = [float(density) for density in schedule]
+        if len(densities) != n_states or not all(0 < density <= 1 for density in densities):
+            raise ValueError(f"schedule must be {n_states} densities in (0, 1], got {densities}")
+    return list(zip(deltas, densities, strict=True))
 
 
 def open_delta(state: int, tau: float, growth: float) -> float:

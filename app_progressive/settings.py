@@ -132,7 +132,7 @@ class TrainConfig:
     val_augment: bool = False
     """augment validation images too (released)"""
     amp: bool = False
-    """bfloat16 autocast in training"""
+    """bfloat16 autocast in training and validation; scores and test are in float32"""
     channels_last: bool = False
 
     def __post_init__(self) -> None:

@@ -216,19 +216,18 @@ def _whole_batches(config: Config, pool: ImageSet, rows: Tensor, place: tuple[in
 
 def _val_accuracy(config: Config, model: nn.Module, pool: ImageSet, rows: Tensor, place: tuple[int, ...]) -> float:
     """Validation accuracy, percent, in eval mode; on augmented images only where the released code is followed."""
-    part = pool.subset(rows.to(pool.labels.device))
-    augmented = config.train.val_augment and (config.data.crop_padding or config.data.flip)
-    if not augmented:
-        return accuracy(model, part, batch_size=config.eval.batch_size)
-    keys = (config.seed, *place)
-    model.eval()
-    right = 0
-    with torch.no_grad():
+    options, device = config.train, pool.labels.device
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
+        if not (options.val_augment and (config.data.crop_padding or config.data.flip)):
+            return accuracy(model, pool.subset(rows.to(device)), batch_size=config.eval.batch_size)
+        keys = (config.seed, *place)
+        model.eval()
+        right = 0
         for images, labels in epoch_batches(
             pool, rows, config.eval.batch_size, config.data, keys, shuffle=False, whole=True
         ):
             right += int((model(images).argmax(1) == labels).sum())
-    return 100 * right / len(rows)
+        return 100 * right / len(rows)
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ Measure = Callable[[Rows], list[float]]
 Arm = str | Mapping[str, Any]
 Draw = Callable[[Rows], Mapping[str, Figure]]
 Verdict = Literal["held", "not held", "inconclusive"]
+Judging = Callable[[Sequence["Claim"], Rows], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,9 @@ def write_report(results: Mapping[str, Any], figures: Mapping[str, bytes], folde
     return folder / f"{scale}.html"
 
 
-def report(paper: str, study: StudyResult, claims: Sequence[Claim], draw: Draw, folder: Path) -> int:
+def report(
+    paper: str, study: StudyResult, claims: Sequence[Claim], draw: Draw, folder: Path, judging: Judging = judge
+) -> int:
     """Judge the study, write its report to `folder`, print its table and its failed cells; returns the exit status."""
     figures = {}
     for name, figure in draw(study.rows).items() if study.rows else ():
@@ -202,7 +205,7 @@ def report(paper: str, study: StudyResult, claims: Sequence[Claim], draw: Draw, 
         figures[name] = buffer.getvalue()
     facts = {key: value for key, value in environment().items() if key != "threads"}
     counts = {"scale": study.scale, "seconds": round(study.seconds, 1), "rows": study.rows}
-    results = {"paper": paper, **facts, **counts, "claims": judge(claims, study.rows)}
+    results = {"paper": paper, **facts, **counts, "claims": judging(claims, study.rows)}
     path = write_report(results, figures, folder)
     print_table(results)
     print(f"{len(study.rows)} rows in {study.seconds / 60:.1f} minutes; the report: {path}")

@@ -1,4 +1,4 @@
-"""Facts about the claims: what they measure on rows made by hand, and Holm's correction."""
+"""Facts about the claims: what they measure on rows made by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from app_progressive.claims import claims
 from app_progressive.figures import draw
-from app_progressive.measures import holm, peak, smooth, transition
+from app_progressive.measures import peak, smooth, transition
 from app_progressive.settings import Config
 from common.claims import judge
 
@@ -114,19 +114,6 @@ def test_noise_has_no_transition_at_the_places_that_other_seeds_name() -> None:
         assert abs(np.mean(transition("app", side)(rows))) < 1
     with pytest.raises(KeyError):
         transition("app", 0)(rows[:1])
-
-
-def test_p_values_are_corrected_by_holm() -> None:
-    plain = {c.id: c for c in CLAIMS}
-    from scipy import stats
-
-    adjusted = holm(ROWS, CLAIMS)
-    raw = {n: stats.ttest_1samp(plain[n].measure(ROWS), 0, alternative="greater").pvalue for n in adjusted}
-    assert set(adjusted) == {"C1", "C2a", "C2b", "C3a", "C3b", "C3c", "C4a", "C4b"}
-    order = sorted(raw, key=raw.__getitem__)
-    assert adjusted[order[0]] == pytest.approx(8 * raw[order[0]], rel=1e-9, abs=0)
-    assert [adjusted[n] for n in order] == sorted(adjusted.values())
-    assert adjusted[order[-1]] == pytest.approx(max(raw[order[-1]], adjusted[order[-2]]))
 
 
 def test_every_figure_is_drawn_where_there_are_rows() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app_progressive.models import build_model
-from app_progressive.pruner import prunable
+from app_progressive.models import OptionABlock, build_model
+from app_progressive.prunable import prunable
 from app_progressive.tests.nets import facts
 
 KNOWN = facts("models")
@@ -39,6 +42,29 @@ def test_networks_are_the_authors(name: str) -> None:  # 2, 20
             x = torch.arange(2 * 3 * 32 * 32, dtype=torch.float64).mul(0.013).sin().abs().view(2, 3, 32, 32)
             logits = net(x)
         assert torch.allclose(logits, torch.tensor(known["logits"], dtype=torch.float64), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("ins", "stride"), [(32, 1), (16, 2)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_block_in_place_has_the_values_and_gradients_of_the_plain_one(
+    ins: int, stride: int, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    block = OptionABlock(ins, 32, stride).to(memory_format=layout)
+    twin = copy.deepcopy(block)
+
+    def plain(x: Tensor) -> Tensor:
+        out = twin.bn2(twin.conv2(F.relu(twin.bn1(twin.conv1(x)))))
+        return F.relu(out + (F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8)) if stride == 2 else x))
+
+    x, pull = torch.randn(4, ins, 8, 8).contiguous(memory_format=layout), torch.randn(4, 32, 8 // stride, 8 // stride)
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found, wanted = block(one), plain(other)
+    (found * pull).sum().backward()
+    (wanted * pull).sum().backward()
+    assert torch.equal(found, wanted) and torch.equal(one.grad, other.grad) and torch.equal(one, x)
+    for mine, its in zip(block.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine.grad, its.grad)
 
 
 def test_the_small_network_of_the_demo_has_its_size() -> None:

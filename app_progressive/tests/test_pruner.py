@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from app_progressive import AnytimePruner, OneShotPruner, scores, threshold
-from app_progressive.pruner import fresh_weights, prunable
+from app_progressive.prunable import prunable
+from app_progressive.pruner import fresh_weights
 from app_progressive.schedules import density_schedule
 from app_progressive.tests import two_ranks
 from app_progressive.tests.nets import TinyNet, arrays, batch, convs, reference_batches, reference_net, small_net

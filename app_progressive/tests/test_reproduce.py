@@ -60,6 +60,7 @@ def test_the_report_judges_every_claim(study: Study) -> None:
     check_report(study.place, claims(config()), ["few", "layers", "long", "primary"])
     judged = {claim["id"]: claim for claim in report(study.place)["claims"]}
     assert judged["C5a"]["verdict"] == judged["C5b"]["verdict"] == "held"
+    assert set(judged["C1"]["holm"]) == {"held", "not held"} and "Holm" in judged["C1w"]["rule"]
     assert {name for name, claim in judged.items() if not claim["values"]} == {
         "C1s", "C2n1", "C2n2", "C4a", "C4b", "C4c", "C7a", "C7b", "C8a", "C8b",
     }  # fmt: skip

@@ -19,7 +19,7 @@ from app_progressive import pruner as pruning
 from app_progressive import train as training
 from app_progressive.configured import network
 from app_progressive.images import epoch_batches, pool_and_test
-from app_progressive.pruner import prunable
+from app_progressive.prunable import prunable
 from app_progressive.settings import Config
 from app_progressive.tests.nets import arguments, config
 from app_progressive.train import train
@@ -51,6 +51,43 @@ def logged(folder: Path, split: str) -> list[dict[str, Any]]:
 
 
 # What a run is
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("released", [[], [*RELEASED, *AUGMENTED]])
+def test_autocast_is_for_training_and_validation_and_never_for_scores_and_test(
+    amp: bool, released: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[bool]] = {"train": set(), "val": set(), "test": set(), "score": set()}
+    doing = ["train"]
+
+    def marked(name: str, act: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            doing.append(name)
+            try:
+                return act(*args, **options)
+            finally:
+                doing.pop()
+
+        return wrapped
+
+    def note(module: torch.nn.Module, inputs: object) -> None:
+        seen[doing[-1]].add(torch.is_autocast_enabled("cpu"))
+
+    for name, act in (("val", "_val_accuracy"), ("test", "_end")):
+        monkeypatch.setattr(training, act, marked(name, getattr(training, act)))
+    monkeypatch.setattr(pruning, "scores", marked("score", pruning.scores))
+    made = training.network
+
+    def network(*args: Any) -> torch.nn.Module:
+        model = made(*args)
+        model.net.register_forward_pre_hook(note)
+        return model
+
+    monkeypatch.setattr(training, "network", network)
+    monkeypatch.setattr(training, "layer_macs", marked("test", training.layer_macs))
+    train(config("--train.amp", str(amp).lower(), "--train.epochs", 1, *released), tmp_path / "run", quiet)
+    assert seen == {"train": {amp}, "val": {amp}, "test": {False}, "score": {False}}
 
 
 def test_a_run_tests_after_every_megabatch_and_ends_at_its_density_exactly(finished: Path) -> None:  # 3, 8

@@ -395,6 +395,16 @@ def test_failed_cells_are_listed_with_the_last_word_of_their_logs_and_status_1(
     assert not list((tmp_path / "results").glob("*.png"))
 
 
+def test_a_study_may_be_judged_in_another_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def strict(claims: Sequence[Claim], found: Rows) -> list[dict[str, Any]]:
+        assert len(found) == 2
+        return [{**judged, "verdict": "not held"} for judged in judge(claims, found)]
+
+    report("a_paper", studied(tmp_path, {}, rows(1, 2)), [claim(SAMPLE)], draw, tmp_path, strict)
+    assert [judged["verdict"] for judged in json.loads((tmp_path / "demo.json").read_text())["claims"]] == ["not held"]
+    assert "not held" in capsys.readouterr().out
+
+
 def test_a_report_is_written_again_from_its_results_byte_for_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
