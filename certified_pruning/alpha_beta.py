@@ -25,7 +25,8 @@ class Result:
 
     Attributes:
         lb: best lower bound, shaped as the rows of C: (B, S) or (R,).
-        alpha, beta: (rows, N) and (rows, D), which give `lb`; beta is None without splits.
+        alpha, beta: (rows, N) and (rows, D), which give `lb`; beta is None without splits. The alpha of a stable neuron
+            has no meaning.
         x_star: (rows, n), corner of the box minimising the last linear bound: a candidate counterexample.
         relu_coef: (rows, N), coefficients H on the ReLU outputs at the last iterate, for branching. Rows that left
             early because their bound passed `stop_above` keep the values they had then.
@@ -45,28 +46,37 @@ class Result:
         betas = [p.beta for p in parts if p.beta is not None]
         return Result(lb, alpha, torch.cat(betas) if betas else None, x_star, relu_coef)
 
+    def select(self, rows: Tensor) -> Result:
+        lb, alpha, x_star, relu_coef = (
+            t.index_select(0, rows) for t in (self.lb, self.alpha, self.x_star, self.relu_coef)
+        )
+        return Result(lb, alpha, None if self.beta is None else self.beta[rows], x_star, relu_coef)
+
 
 def gradient(
-    batch: RowBatch, b: Backward, positions: list[tuple[Tensor, Tensor, Tensor]], n_slots: int
-) -> tuple[Tensor, Tensor | None]:
-    """d lb / d alpha (R, N) and d lb / d beta (R, D) at the slopes that produced the backward pass `b`.
+    batch: RowBatch, b: Backward, positions: list[tuple[Tensor, Tensor, Tensor]], beta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The bound lb (R,), d lb / d alpha (R, N) and d lb / d beta (R, D) at the slopes that produced `b`.
 
-    d lb / d alpha = max(H, 0) z and d lb / d beta = -sign z, with z the ReLU inputs at the minimiser. Entries of alpha
-    on stable neurons are not zeroed: the projection on [floor, ceil] pins them.
+    d lb / d alpha = max(H, 0) z and d lb / d beta = -sign z, with z the ReLU inputs at the minimiser. Entries of stable
+    neurons are not zeroed: their alpha has no effect. The bound is what the net with lines for ReLUs puts out at the
+    minimiser, which saves the constant of the backward pass. Uses up `b.below`.
     """
     g_alpha = batch.C.new_empty(len(batch.C), batch.net.n_neurons)
-    g_beta = batch.C.new_zeros(len(batch.C), n_slots) if n_slots else None
-    g, parts = b.corner, zip(layers(batch.net), b.relu_coef, b.lines, strict=True)
-    for k, ((start, end), h, (slope, intercept)) in enumerate(parts):
+    g_beta = None if beta is None else torch.zeros_like(beta)
+    g = b.corner
+    for k, (start, end) in enumerate(layers(batch.net)):
         z = batch.net.affines[k].forward(g)
-        torch.mul(h.clamp(min=0), z, out=g_alpha[:, start:end])
+        torch.clamp(b.relu_coef[k], min=0, out=g_alpha[:, start:end]).mul_(z)
         if g_beta is not None:
             rows, slots, local = positions[k]
             assert batch.splits is not None
             g_beta[rows, slots] = -batch.splits.sign[rows, slots] * z[rows, local]
-        if end < batch.net.n_neurons:
-            g = torch.addcmul(intercept, slope, z)
-    return g_alpha, g_beta
+        g = b.below[k].mul_(batch.relaxation.intercept[:, start:end]).addcmul_(b.slope[k], z)
+    lb = (batch.C * batch.net.affines[-1].forward(g)).sum(1)
+    if beta is not None and g_beta is not None:
+        lb += (beta * g_beta).sum(1)
+    return batch.or_empty(lb), g_alpha, g_beta
 
 
 class _Adam:
@@ -120,27 +130,20 @@ def ascend(
             some = batch.select(rows), alpha[rows], None if beta is None else beta[rows]
             parts.append(ascend(*some, steps, lr_alpha, lr_beta, decay, stop_above))
         return Result.cat(parts)
-    n_slots = 0 if beta is None else beta.shape[1]
     rows = torch.arange(len(alpha), device=alpha.device)  # rows still worked on, as numbers of the result
     alpha, beta = alpha.clone(), None if beta is None else beta.clone()
-    found = Result(
-        alpha.new_empty(len(alpha)),
-        torch.empty_like(alpha),
-        None if beta is None else torch.empty_like(beta),
-        torch.empty_like(batch.x_lb),
-        torch.empty_like(alpha),
-    )
+    left: list[tuple[Tensor, Result]] = []  # rows that are done, and what was found
     # Best so far of the rows still worked on.
-    top, top_alpha, top_beta = (
-        torch.full_like(found.lb, -float("inf")),
-        alpha.clone(),
-        None if beta is None else beta.clone(),
-    )
+    top, top_alpha = alpha.new_full((len(alpha),), -float("inf")), alpha.clone()
+    top_beta = None if beta is None else beta.clone()
     adam_alpha, adam_beta = _Adam(alpha), None if beta is None else _Adam(beta)
     positions = batch.split_positions()
     for t in range(1, steps + 2):
-        b = batch.backward(alpha, beta, positions)
-        lb = batch.concretize(b)
+        b, g_alpha, g_beta = batch.backward(alpha, beta, positions), None, None
+        if t <= steps:
+            lb, g_alpha, g_beta = gradient(batch, b, positions, beta)
+        else:
+            lb = batch.concretize(b)
         better = (lb > top).to(lb)[:, None]
         top = torch.maximum(top, lb)
         top_alpha.lerp_(alpha, better)  # weight 0 or 1: a copy of the better rows
@@ -148,22 +151,16 @@ def ascend(
             top_beta.lerp_(beta, better)
         done = top > stop_above
         n_done = int(done.sum())
-        last = t == steps + 1 or n_done == len(rows)
+        last = g_alpha is None or n_done == len(rows)
         shrink = not last and 16 * n_done >= len(rows)
         if last or shrink:
-            leaving = (done | last).nonzero().squeeze(1)
-            to = rows[leaving]
-            found.lb[to], found.x_star[to] = top[leaving], b.corner[leaving]
-            found.alpha.index_copy_(0, to, top_alpha.index_select(0, leaving))
-            if b.relu_coef:
-                found.relu_coef.index_copy_(0, to, torch.cat(b.relu_coef, 1).index_select(0, leaving))
-            if found.beta is not None and top_beta is not None:
-                found.beta[to] = top_beta[leaving]
-        if last:
+            found = Result(top, top_alpha, top_beta, b.corner, torch.cat([*b.relu_coef, alpha[:, :0]], 1))
+            leaving = done.nonzero().squeeze(1)
+            left.append((rows, found) if last else (rows[leaving], found.select(leaving)))
+        if last or g_alpha is None:
             break
-        g_alpha, g_beta = gradient(batch, b, positions, n_slots)
         adam_alpha.step(alpha, g_alpha, lr_alpha * decay ** (t - 1))
-        torch.clamp(alpha, batch.relaxation.floor, batch.relaxation.ceil, out=alpha)
+        alpha.clamp_(0, 1)
         if beta is not None and adam_beta is not None and g_beta is not None:
             adam_beta.step(beta, g_beta, lr_beta * decay ** (t - 1))
             beta.clamp_(min=0)
@@ -176,7 +173,8 @@ def ascend(
             if beta is not None and top_beta is not None and adam_beta is not None:
                 beta, top_beta = beta[keep], top_beta[keep]
                 adam_beta.select(keep)
-    return found
+    result = Result.cat([part for _, part in left])
+    return result if len(left) == 1 else result.select(torch.cat([numbers for numbers, _ in left]).argsort())
 
 
 @torch.no_grad()
@@ -211,8 +209,7 @@ def optimize_alpha_beta(
     if steps < 0:
         raise ValueError(f"steps must be >= 0, got {steps}")
     batch, lead = row_batch(net, C, x_lb, x_ub, pre, splits, image)
-    r = batch.relaxation
-    alpha = r.adaptive() if alpha is None else torch.clamp(alpha, r.floor, r.ceil)
+    alpha = batch.relaxation.adaptive() if alpha is None else alpha.clamp(0, 1)
     if batch.splits is not None:
         beta = torch.zeros_like(batch.splits.sign) if beta is None else beta.clamp_min(0)
     else:

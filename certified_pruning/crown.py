@@ -43,8 +43,7 @@ def crown_lower(
         ValueError: shapes that do not fit, a box or bounds with lower > upper or NaN.
     """
     batch, lead = row_batch(net, C, x_lb, x_ub, pre, splits, image)
-    r = batch.relaxation
-    alpha = r.adaptive() if alpha is None else torch.clamp(alpha, r.floor, r.ceil)
+    alpha = batch.relaxation.adaptive() if alpha is None else alpha.clamp(0, 1)
     return batch.bound(alpha, None if beta is None else beta.clamp_min(0)).view(lead)
 
 

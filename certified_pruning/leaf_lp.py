@@ -56,7 +56,7 @@ def solve_leaf(
         here = (neuron >= start) & (neuron < end)
         eye = torch.zeros(int(here.sum()), end - start, dtype=C.dtype)
         eye[torch.arange(len(eye)), neuron[here] - start] = -sign[here]
-        before = Relaxation(*(getattr(decided, f)[:, :start] for f in ("upper", "intercept", "floor", "ceil")))
+        before = Relaxation(*(t[:, :start] for t in (decided.upper, decided.intercept, decided.turn)))
         a, c = _linear(net.head(k), eye, x_lb, x_ub, before)
         rows.append(a)
         offsets.append(-c)
@@ -81,8 +81,9 @@ def solve_leaf(
 def _linear(net: ChainNet, C: Tensor, x_lb: Tensor, x_ub: Tensor, decided: Relaxation) -> tuple[Tensor, Tensor]:
     """C . net(x) = coef . x + const where every ReLU is decided."""
     image = torch.zeros(len(C), dtype=torch.long)
-    b = RowBatch.make(net, C, x_lb[None], x_ub[None], decided, image).backward(decided.floor[image])
-    return b.coef, b.const
+    batch = RowBatch.make(net, C, x_lb[None], x_ub[None], decided, image)
+    b = batch.backward(decided.upper[image])
+    return b.coef, batch.constant(b)
 
 
 def _solve(objective: Tensor, A: Tensor, b: Tensor, lb: Tensor, ub: Tensor) -> Any:

@@ -76,7 +76,7 @@ class Problem:
         splits = d.splits
         batch = self._batch(d, splits)
         beta = None if splits is None else d.beta[:, : splits.sign.shape[1]]
-        alpha = self._unpack(d, batch)
+        alpha = self._unpack(d)
         result = ascend(batch, alpha, beta, steps, lr_alpha, lr_beta, self.config.decay, stop_above=0.0)
         lb = result.lb.clone()
         claimed = (lb > 0).nonzero().squeeze(1)
@@ -89,7 +89,8 @@ class Problem:
             out.beta[:, : result.beta.shape[1]] = result.beta
         still = (out.lb <= 0).nonzero().squeeze(1)
         if len(still) and self.lower.shape[1]:
-            out.candidates[still] = self._candidates(result.relu_coef[still], batch.relaxation.select(still)).int()
+            h = result.relu_coef.index_select(0, still)
+            out.candidates[still] = self._candidates(h, batch.relaxation.select(still)).int()
         return out, result.x_star
 
     def _candidates(self, relu_coef: Tensor, relaxation: Relaxation) -> Tensor:
@@ -102,14 +103,14 @@ class Problem:
     ) -> Tensor:
         """The bound of some rows in float64, at the slopes and multipliers found."""
         image = d.image[rows]
-        relaxation = Relaxation.of(self.lower[image].double(), self.upper[image].double())
+        lower, upper = (t.index_select(0, image).double() for t in (self.lower, self.upper))
+        relaxation = Relaxation.of(lower, upper)
         some = None if splits is None else splits.select(rows)
         index = torch.arange(len(rows), device=rows.device)
         C = self.C[image, d.target[rows]]
         batch = RowBatch.make(self.exact, C, self.x_lb[image], self.x_ub[image], relaxation, index, some)
-        r = batch.relaxation
-        slopes = torch.clamp(alpha[rows].double(), r.floor, r.ceil)
-        return batch.bound(slopes, None if beta is None else beta[rows].double().clamp_min(0))
+        beta = None if beta is None else beta[rows].double().clamp_min(0)
+        return batch.bound(alpha.index_select(0, rows).double(), beta)
 
     def choose(self, parents: Domains) -> Tensor:
         """Neuron to split in each domain, (R,) long."""
@@ -122,7 +123,7 @@ class Problem:
             for part in torch.arange(len(rows), device=rows.device).split(rows_at_once(self.net) // 2):
                 children = parents[rows[part]].children(neurons[part])
                 batch = self._batch(children, children.splits)
-                bounds.append(batch.bound(self._unpack(children, batch)))
+                bounds.append(batch.bound(self._unpack(children)))
             pairs = torch.cat(bounds).view(-1, 2)
             return pairs[:, 0], pairs[:, 1]
 
@@ -157,8 +158,7 @@ class Problem:
         padded = torch.nn.functional.pad(alpha, (0, 1))
         return padded.gather(1, self.ids[image]).half()
 
-    def _unpack(self, d: Domains, batch: RowBatch) -> Tensor:
-        r = batch.relaxation
-        full = r.floor.new_zeros(len(d), r.floor.shape[1] + 1)
-        full.scatter_(1, self.ids[d.image], d.alpha.to(full))
-        return torch.clamp(full[:, :-1], r.floor, r.ceil)
+    def _unpack(self, d: Domains) -> Tensor:
+        """Slopes (R, N); 0 on stable neurons, where they have no effect."""
+        full = self.lower.new_zeros(len(d), self.lower.shape[1] + 1)
+        return full.scatter_(1, self.ids[d.image], d.alpha.to(full))[:, :-1]

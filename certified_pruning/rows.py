@@ -40,16 +40,16 @@ class Splits:
 
 @dataclass(frozen=True)
 class Relaxation:
-    """Triangle relaxation of every ReLU: alpha z <= relu(z) <= upper z + intercept, floor <= alpha <= ceil.
+    """Triangle relaxation of every ReLU: alpha z <= relu(z) <= upper z + intercept for 0 <= alpha <= 1. All (R, N).
 
-    All (R, N). A stable neuron has upper = floor = ceil = 1 (on) or 0 (off) and intercept 0; an unstable one has
-    upper = u / (u - l), intercept = -l u / (u - l), floor 0, ceil 1.
+    An unstable neuron has upper = u / (u - l), intercept = -l u / (u - l) and turn 0: where its coefficient is below
+    `turn` the upper line bounds it, else the lower one. A stable neuron has upper = 1 (on) or 0 (off), intercept 0 and
+    turn +inf: always its upper line, which is exact. Its alpha has no effect.
     """
 
     upper: Tensor
     intercept: Tensor
-    floor: Tensor
-    ceil: Tensor
+    turn: Tensor
 
     @staticmethod
     def of(lower: Tensor, upper: Tensor) -> Relaxation:
@@ -58,19 +58,24 @@ class Relaxation:
         unstable = ~(on | off)
         slope = torch.where(unstable, upper / (upper - lower).where(unstable, torch.ones_like(upper)), on.to(upper))
         # An exactly zero interval is both on and off; on wins.
-        return Relaxation(slope, torch.where(unstable, -lower * slope, 0.0), on.to(upper), (on | ~off).to(upper))
+        turn = torch.zeros_like(upper).masked_fill_(~unstable, float("inf"))
+        return Relaxation(slope, torch.where(unstable, -lower * slope, 0.0), turn)
 
     @property
     def unstable(self) -> Tensor:
         """(R, N) bool."""
-        return self.ceil > self.floor
+        return self.turn == 0
+
+    def free(self) -> Tensor:
+        """`unstable` as 1 or 0: arithmetic is several times as fast as bool masks."""
+        return torch.eq(self.turn, 0, out=torch.empty_like(self.turn))
 
     def adaptive(self) -> Tensor:
-        """Lower slopes that CROWN starts from: on an unstable neuron 1 if upper > 0.5 else 0."""
-        return torch.where(self.unstable, (self.upper > 0.5).to(self.upper), self.floor)
+        """Lower slopes that CROWN starts from: 1 if upper > 0.5 else 0."""
+        return torch.gt(self.upper, 0.5, out=torch.empty_like(self.upper))
 
     def select(self, rows: Tensor) -> Relaxation:
-        return Relaxation(*(t.index_select(0, rows) for t in (self.upper, self.intercept, self.floor, self.ceil)))
+        return Relaxation(*(t.index_select(0, rows) for t in (self.upper, self.intercept, self.turn)))
 
     def split(self, splits: Splits) -> tuple[Relaxation, Tensor]:
         """With split neurons linear, and (R,) bool: rows whose splits contradict the bounds. Works in place."""
@@ -78,22 +83,21 @@ class Relaxation:
         for sign, value in ((1, 1.0), (-1, 0.0)):
             rows, slots = (splits.sign == sign).nonzero(as_tuple=True)
             at = rows, splits.neuron[rows, slots]
-            wrong = (self.ceil[at] < value) | (self.floor[at] > value)
+            wrong = (self.turn[at] > 0) & (self.upper[at] != value)
             empty[rows[wrong]] = True
-            for t in (self.upper, self.floor, self.ceil):
-                t[at] = value
-            self.intercept[at] = 0.0
+            self.upper[at], self.intercept[at], self.turn[at] = value, 0.0, float("inf")
         return self, empty
 
 
 class Backward(NamedTuple):
-    """Result of one backward pass: z-row >= const + coef . x, valid for the lines that replaced the ReLUs."""
+    """Result of one backward pass: a row is at least `RowBatch.constant` + coef . x on the box."""
 
-    const: Tensor  # (R,)
-    coef: Tensor  # (R, n)
-    corner: Tensor  # (R, n), where in the box const + coef . x is smallest
-    relu_coef: list[Tensor]  # H_k, coefficients on the output of ReLU layer k, (R, N_k)
-    lines: list[tuple[Tensor, Tensor]]  # slope and intercept of the line of each ReLU of layer k, (R, N_k) each
+    coef: Tensor  # (R, n), on the input
+    corner: Tensor  # (R, n), where in the box coef . x is smallest
+    relu_coef: list[Tensor]  # H_k, on the output of ReLU layer k, (R, N_k)
+    pre_coef: list[Tensor]  # on the input of ReLU layer k, (R, N_k)
+    slope: list[Tensor]  # of the line that replaced each ReLU, (R, N_k)
+    below: list[Tensor]  # 1 where that is the upper line, else 0, (R, N_k)
 
 
 @dataclass(frozen=True)
@@ -152,50 +156,54 @@ class RowBatch:
         """One CROWN pass (spec c.8.5).
 
         Args:
-            alpha: lower slopes (R, N) in [floor, ceil]; not checked.
+            alpha: lower slopes (R, N) in [0, 1]; not checked.
             beta: multipliers (R, D) >= 0 of the splits; none means 0.
             positions: `split_positions()`, if already known.
         """
         if beta is not None and positions is None:
             positions = self.split_positions()
         r, coef = self.relaxation, self.C
-        const = coef.new_zeros(len(coef))
-        hs: list[Tensor] = []
-        lines: list[tuple[Tensor, Tensor]] = []
+        found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for k, (start, end) in reversed(list(enumerate(layers(self.net)))):
-            const += coef @ self.net.affines[k + 1].bias
             h = self.net.affines[k + 1].transposed(coef)
-            on_upper = below_zero(h)
-            slope = torch.lerp(alpha[:, start:end], r.upper[:, start:end], on_upper)
-            intercept = on_upper * r.intercept[:, start:end]
-            const += (h * intercept).sum(1)
+            below = is_below(h, r.turn[:, start:end])
+            slope = torch.lerp(alpha[:, start:end], r.upper[:, start:end], below)
             coef = h * slope
             if beta is not None and positions:
                 rows, slots, local = positions[k]
                 assert self.splits is not None
                 change = -beta[rows, slots] * self.splits.sign[rows, slots]
                 coef.index_put_((rows, local), change, accumulate=True)
-            hs.append(h)
-            lines.append((slope, intercept))
-        const += coef @ self.net.affines[0].bias
+            found.insert(0, (h, coef, slope, below))
         coef = self.net.affines[0].transposed(coef)
-        corner = torch.lerp(self.x_lb, self.x_ub, below_zero(coef))
-        return Backward(const, coef, corner, hs[::-1], lines[::-1])
+        corner = torch.lerp(self.x_lb, self.x_ub, is_below(coef, 0.0))
+        return Backward(coef, corner, *([layer[i] for layer in found] for i in range(4)))
+
+    def constant(self, b: Backward) -> Tensor:
+        """(R,) what the biases and the intercepts of the lines add to coef . x."""
+        const = self.C @ self.net.affines[-1].bias
+        for k, (start, end) in enumerate(layers(self.net)):
+            const = const + b.pre_coef[k] @ self.net.affines[k].bias
+            const = const + (b.below[k] * self.relaxation.intercept[:, start:end] * b.relu_coef[k]).sum(1)
+        return const
 
     def concretize(self, b: Backward) -> Tensor:
         """Minimum over the box, (R,); +inf where the splits contradict the bounds."""
-        lb = b.const + (b.coef * b.corner).sum(1)
+        return self.or_empty(self.constant(b) + (b.coef * b.corner).sum(1))
+
+    def or_empty(self, lb: Tensor) -> Tensor:
+        """Bounds (R,), with +inf where the splits contradict the bounds."""
         return lb if self.empty is None else lb.masked_fill(self.empty, float("inf"))
 
     def bound(self, alpha: Tensor, beta: Tensor | None = None) -> Tensor:
-        """Lower bound of every row, (R,); alpha in [floor, ceil] and beta >= 0 are not checked."""
+        """Lower bound of every row, (R,); alpha in [0, 1] and beta >= 0 are not checked."""
         return self.concretize(self.backward(alpha, beta))
 
 
-def below_zero(t: Tensor) -> Tensor:
-    """1 where t < 0, else 0. With it `lerp` is an exact `torch.where`, 10 times as fast on the CPU (measured)."""
+def is_below(t: Tensor, limit: Tensor | float) -> Tensor:
+    """1 where t < limit, else 0. With it `lerp` is an exact `torch.where`, 10 times as fast on the CPU (measured)."""
     t = t.detach()
-    return torch.lt(t, 0, out=torch.empty_like(t))
+    return torch.lt(t, limit, out=torch.empty_like(t))
 
 
 def rows_at_once(net: ChainNet) -> int:

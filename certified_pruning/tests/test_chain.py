@@ -65,6 +65,29 @@ def test_every_form_of_the_transposed_convolution_is_the_adjoint(kernel, stride,
     assert torch.allclose((y * op.linear(x)).sum(1), (op.transposed(y) * x).sum(1), atol=1e-12)
 
 
+def test_pixels_that_the_stride_never_reaches_get_zero_in_single_precision() -> None:
+    torch.manual_seed(0)
+    for channels in (1, 8):
+        conv = nn.Conv2d(channels, 6, 4, 2, bias=False)
+        op = ChainNet.from_module(nn.Sequential(conv).eval(), (channels, 11, 13)).affines[0].ops[0]
+        rows = torch.randn(3, 6 * 4 * 5)
+        maps = op.transposed(rows).view(3, channels, 11, 13)
+        grads = torch.nn.grad.conv2d_input((3, channels, 11, 13), conv.weight, rows.view(3, 6, 4, 5), 2)
+        assert torch.allclose(maps, grads, atol=1e-5)
+        assert bool((maps[:, :, 10] == 0).all()) and bool((maps[..., 12] == 0).all())
+
+
+def test_a_bias_that_differs_within_a_channel_is_kept() -> None:
+    """Pooling with padding scales the bias of the convolution before it down at the border."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AvgPool2d(2, 2, padding=1), nn.Flatten()).eval()
+    net, x = ChainNet.from_module(model, (1, 6, 6)), torch.rand(3, 1, 6, 6)
+    bias = net.affines[0].bias.view(2, 9)
+    assert bool((bias[:, :1] != bias).any())
+    with torch.no_grad():
+        assert torch.allclose(net.forward(x), model(x), atol=1e-6)
+
+
 def test_scaled_output_scales_the_logits_only() -> None:
     net, x = ChainNet.from_module(small_conv(), (1, 6, 5)), torch.rand(2, 1, 6, 5)
     assert torch.equal(net.scale_output(0.25).forward(x), net.forward(x) / 4)
