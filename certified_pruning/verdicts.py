@@ -52,7 +52,7 @@ class VerifyConfig:
     """of the scores of a neuron's two children"""
     branching_bias: str = "folded"
     """of the scores; folded, or bn_beta as released"""
-    max_rows: int = 512
+    max_rows: int = 128
     """domains split at once, over all images"""
     max_images: int = 256
     """images whose bounds are held at once"""
