@@ -66,10 +66,10 @@ def carry_away(paper: str) -> tuple[bool, str]:
         told = {"PYTHONPATH": str(away), "CARRY_AWAY_ROOT": str(ROOT), "CARRY_AWAY_STRAYS": str(strays)}
         options = ["-x", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir", str(away)]
         commands = {
-            "example": ["-c", example(away / paper / "README.md")],
-            "tests": ["-m", "pytest", *options, str(away / paper)],
+            "its README's example fails": ["-c", example(away / paper / "README.md")],
+            "its tests fail": ["-m", "pytest", *options, str(away / paper)],
         }
-        for what, command in commands.items():
+        for complaint, command in commands.items():
             process = subprocess.Popen(
                 [sys.executable, *command],
                 cwd=away,
@@ -82,7 +82,7 @@ def carry_away(paper: str) -> tuple[bool, str]:
             said, _ = process.communicate()
             wait_for_group(process.pid)
             if process.returncode:
-                return False, f"its {what} fail there:\n{said}".replace("example fail", "README's example fails")
+                return False, f"{complaint} there:\n{said}"
         if found := sorted(set(strays.read_text().split())):
             return False, f"it imports from {ROOT}: {', '.join(found)}"
         return True, f"works on its own: {said.strip().splitlines()[-1]}"
