@@ -26,17 +26,20 @@ help:  ## this list
 setup: .venv/ready  ## build .venv with everything pinned in constraints.txt
 
 .venv/ready: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || { echo "building .venv (once, a few minutes) ..."; $(PYTHON) -m venv .venv; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps auto_LiRPA
+	@test -e .venv/made || { \
+	  $(PYTHON) -c 'import sys; sys.exit((3, 11) > sys.version_info[:2] or sys.version_info[:2] > (3, 13))' || \
+	    { echo "error: PYTHON must be Python 3.11 to 3.13, got $(PYTHON)"; exit 2; }; \
+	  echo "building .venv (once, a few minutes) ..."; $(PYTHON) -m venv --clear .venv && touch .venv/made; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps auto_LiRPA
 	@touch $@
 
 $(PAPERS:%=reproduce-%): reproduce-%: .venv/ready  ## reproduce one paper: runs, judged claims, report
-	@$(BIN)/python -m $(subst -,_,$*).reproduce --scale $(SCALE) --study.workers $(WORKERS) --study.runs $(RUNS) $(seeds) $(ARGS)
+	@$(BIN)/python -m $(subst -,_,$*).reproduce --scale $(SCALE) --study.workers $(WORKERS) --study.runs "$(RUNS)" $(seeds) $(ARGS)
 
 reproduce-all: .venv/ready  ## all papers one after another (84 minutes at demo), then one table of verdicts and report.html
 	@for paper in $(subst -,_,$(PAPERS)); do \
-	  $(BIN)/python -m $$paper.reproduce --scale $(SCALE) --study.workers $(WORKERS) --study.runs $(RUNS) $(seeds) $(ARGS); \
+	  $(BIN)/python -m $$paper.reproduce --scale $(SCALE) --study.workers $(WORKERS) --study.runs "$(RUNS)" $(seeds) $(ARGS); \
 	  status=$$?; test $$status -lt 128 || exit $$status; test $$status -eq 0 || failed="$$failed $$paper"; \
 	done; \
 	$(BIN)/python -m common.house report.html */results/$(SCALE).json && test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
@@ -57,6 +60,6 @@ report: .venv/ready  ## one page of all results, report.html, and each paper's o
 	@$(BIN)/python -m common.claims */results/*.json
 	@$(BIN)/python -m common.house report.html */results/*.json
 
-clean:  ## remove runs and caches; keeps .venv, data and results
-	rm -rf $(RUNS) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info
+clean:  ## remove runs/ and caches; keeps .venv, data and results
+	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

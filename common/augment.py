@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import distributed
+from common.config import UserError
 
 
 def roll(images: Tensor, reach: int, generator: torch.Generator) -> Tensor:
@@ -46,9 +47,14 @@ def mix(
         mixup: alpha of the Beta distribution of the mixing share; 0 turns it off.
         cutmix: likewise.
         generator: of the CPU.
+
+    Raises:
+        UserError: for an odd batch of one of several processes, which would not be mixed as in one process.
     """
     if mixup <= 0 and cutmix <= 0:
         return images, targets
+    if len(images) % 2 and distributed.world_size() > 1:
+        raise UserError(f"batch size must be even for each process where images are mixed, got {len(images)}")
     switch, down, right = torch.rand(3, generator=generator).tolist()
     cut = cutmix > 0 and (mixup <= 0 or switch < 0.5)
     keep = _beta(cutmix if cut else mixup, generator)

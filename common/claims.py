@@ -49,7 +49,8 @@ class Claim:
         direction: the side of the threshold on which the claim holds.
         interval: "t" paired one-sided t bounds of the mean; "sign" exact sign-test bounds of the median (decides from
             five seeds on); "binomial" exact (Clopper-Pearson) bounds of the share of ones; "bootstrap" percentile
-            bounds of the mean; "worst" the worst seed: a statement about the seeds measured, without a bound.
+            bounds of the mean (from twenty on: of few values they are too narrow); "worst" the worst seed: a statement
+            about the seeds measured, without a bound.
         at_least: with "above", the estimate must also reach this.
         unit: of the measure.
     """
@@ -78,10 +79,11 @@ def bounds(values: Sequence[float], interval: str, direction: str = "above") -> 
     x = np.asarray(values, float)
     estimate = float(np.median(x) if interval == "sign" else x.mean())
     low, high = -math.inf, math.inf
-    if len(x) < 2 or (interval == "sign" and len(x) < 5):  # too few for such bounds
+    if len(x) < {"sign": 5, "bootstrap": 20}.get(interval, 2):  # too few for such bounds
         return estimate, low, high
     if interval == "worst":
-        low = high = float(x.max() if direction == "below" else x.min())
+        low, high = float(x.min()), float(x.max())
+        low, high = {"above": (low, low), "below": (high, high), "equivalent": (low, high)}[direction]
     elif interval == "sign":
         low, high = stats.quantile_test(x, p=0.5).confidence_interval(0.9)
     elif interval == "binomial":
@@ -160,8 +162,16 @@ def measured(claim: Mapping[str, Any]) -> str:
     """Our number of a judged claim: estimate [bounds] unit, n."""
     if claim["estimate"] is None:
         return "not measured"
-    low, high = ("∞" if claim[key] is None else f"{claim[key]:.2f}" for key in ("low", "high"))
-    return f"{claim['estimate']:.2f} [{low}, {high}] {claim['unit']}, n={len(claim['values'])}".replace("[∞", "[-∞")
+    low, high = ("∞" if claim[key] is None else _short(claim[key]) for key in ("low", "high"))
+    count = f"{claim['unit']}, n={len(claim['values'])}"
+    if "(worst)" in claim["rule"] and claim["low"] is not None:
+        worst = low if low == high else f"{low} to {high}"
+        return f"{_short(claim['estimate'])}, worst {worst} {count}"
+    return f"{_short(claim['estimate'])} [{low}, {high}] {count}".replace("[∞", "[-∞")
+
+
+def _short(number: float) -> str:
+    return f"{number:.2f}" if number == 0 or abs(number) >= 0.1 else f"{number:.2g}"
 
 
 def print_table(results: Mapping[str, Any]) -> None:
@@ -183,6 +193,8 @@ def write_report(results: Mapping[str, Any], figures: Mapping[str, bytes], folde
     by name. Returns the HTML file's path.
     """
     scale = results["scale"]
+    for old in set(figures_of(folder / f"{scale}.json", scale)) - set(figures):
+        (folder / f"{scale}-{old}.png").unlink()
     for name, picture in figures.items():
         write_atomically(folder / f"{scale}-{name}.png", picture)
     write_json(folder / f"{scale}.json", results)
@@ -197,18 +209,25 @@ def write_report(results: Mapping[str, Any], figures: Mapping[str, bytes], folde
 def report(
     paper: str, study: StudyResult, claims: Sequence[Claim], draw: Draw, folder: Path, judging: Judging = judge
 ) -> int:
-    """Judge the study, write its report to `folder`, print its table and its failed cells; returns the exit status."""
+    """Judge the study, write its report to `folder`, print its table and its failed cells; returns the exit status.
+
+    Without any row nothing is written: earlier results stay.
+    """
     figures = {}
     for name, figure in draw(study.rows).items() if study.rows else ():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
         figures[name] = buffer.getvalue()
     facts = {key: value for key, value in environment().items() if key != "threads"}
+    facts["revision"] = ", ".join(study.revisions)
     counts = {"scale": study.scale, "seconds": round(study.seconds, 1), "rows": study.rows}
     results = {"paper": paper, **facts, **counts, "claims": judging(claims, study.rows)}
-    path = write_report(results, figures, folder)
-    print_table(results)
-    print(f"{len(study.rows)} rows in {study.seconds / 60:.1f} minutes; the report: {path}")
+    if study.rows:
+        path = write_report(results, figures, folder)
+        print_table(results)
+        print(f"{len(study.rows)} rows in {study.seconds / 60:.1f} minutes; the report: {path}")
+    else:
+        print(f"no rows, so {folder} is left as it is")
     for name, log in study.failed.items():
         lines = log.read_text().strip().splitlines() if log.exists() else []
         print(f"failed: {name}: {lines[-1] if lines else 'died without a word'} (log: {log})")

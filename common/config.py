@@ -96,10 +96,20 @@ def load(config_class: type[C], path: Path) -> C:
     return parse(config_class, ["--config", str(path)], prog=str(path))
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Plain data only, and no key twice in a mapping."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]!r} twice in one section")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, read as plain data and never executed. Raises `ConfigError`."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = _PlainLoader(path.read_text()).get_single_data()
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no text, no such date
         reason = getattr(error, "strerror", None) or re.sub(r"\s+", " ", str(error))
         raise ConfigError(f"{path}: not a readable YAML file of plain data ({reason})") from error

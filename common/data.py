@@ -4,6 +4,7 @@ A batch depends only on (data, seed, epoch, batch index): resuming needs no load
 data-parallel run take slices of the same global batch.
 """
 
+import fcntl
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -318,7 +319,10 @@ def _read_torchvision(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     svhn = config.name == "svhn"
     sides: list[dict[str, Any]] = [{"split": s} if svhn else {"train": s == "train"} for s in ("train", "test")]
     try:
-        loaded = [kind(config.root, download=True, **side) for side in sides]
+        Path(config.root).mkdir(parents=True, exist_ok=True)
+        with open(Path(config.root) / f".{config.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait and find it
+            loaded = [kind(config.root, download=True, **side) for side in sides]
     except Exception as error:  # of the network, of each file format, or torchvision's bare assertions
         raise DataError(
             f"{config.name}: damaged in {config.root}, or could not be downloaded ({_reason(error)}); "
@@ -352,6 +356,8 @@ def _image_sets(x_train: Array, y_train: Array, x_test: Array, y_test: Array) ->
     for side, images, labels in (("train", x_train, y_train), ("test", x_test, y_test)):
         if labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(y_train):
             raise DataError(f"y_{side} must be a row of integers, got {labels.dtype} {labels.shape}")
+        if not len(labels) or labels.max() >= len(y_train):
+            raise DataError(f"y_{side} must hold labels below {len(y_train)}, the images to train on, one or more")
         if images.dtype != np.uint8:
             raise DataError(f"x_{side} must be uint8, got {images.dtype} {images.shape}")
         if images.ndim == 3:

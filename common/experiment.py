@@ -72,8 +72,9 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], path: Path, name:
 
 
 def device() -> torch.device:
-    """The first GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU (LOCAL_RANK under torchrun, else the first), else the CPU."""
+    gpu = torch.cuda.is_available()
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
 
 
 def finished_run(folder: Path, config_class: type[C]) -> C:
@@ -121,6 +122,7 @@ def train_command(
     train: Callable[[C, Path], Mapping[str, Any]],
     name: Callable[[C], str],
     summary: Callable[[Mapping[str, Any]], str],
+    share: Callable[[C, Path], tuple[C, Path]] = lambda config, folder: (config, folder),
 ) -> None:
     """The command line of a train.py.
 
@@ -130,6 +132,7 @@ def train_command(
         train: (configuration, folder) -> final metrics.
         name: of the run's folder where run.folder is empty.
         summary: the final metrics in words.
+        share: what this process does of (configuration, folder), and where, if each has a run of its own.
     """
     paper = Path(file).parent.name
     about = f"{paper}: train one run from one YAML file"
@@ -137,6 +140,7 @@ def train_command(
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     folder = Path(config.run.folder or f"runs/{paper}/{name(config)}")
+    config, folder = share(config, folder)
     metrics = train(config, folder)
     if not int(os.environ.get("RANK", 0)):
         print(summary(metrics))

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from common.claims import figures_of, measured
 from common.config import command
-from common.runs import read_json, write_atomically
+from common.runs import CheckpointError, read_json, write_atomically
 
 VERDICTS = ("held", "not held", "inconclusive")
 
@@ -37,9 +37,13 @@ def studies_of(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """
     studies = []
     for path in sorted(paths, key=lambda path: (str(path.parent), path.stem != "demo", path.stem)):
-        results = read_json(path)
-        counts = Counter(claim["verdict"] for claim in results["claims"])
-        images = {name: base64.b64encode(png).decode() for name, png in figures_of(path, results["scale"]).items()}
+        try:
+            results = read_json(path)
+            counts = Counter(claim["verdict"] for claim in results["claims"])
+            pngs = figures_of(path, results["scale"])
+        except (OSError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: not the results of a study") from error
+        images = {name: base64.b64encode(png).decode() for name, png in pngs.items()}
         studies.append({**results, "counts": counts, "images": images, "title": title(path.parents[1])})
     return studies
 

@@ -69,7 +69,10 @@ class Interrupted(UserError):
 
 
 def generator(*keys: int) -> torch.Generator:
-    """A CPU generator that depends only on `keys`, e.g. (seed, epoch, batch): what it draws needs no saved state."""
+    """A CPU generator that depends only on `keys`, e.g. (seed, epoch, batch): what it draws needs no saved state.
+
+    Zeros at the end do not count: (seed, epoch) and (seed, epoch, 0) draw the same.
+    """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]))
 
 
@@ -78,6 +81,18 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other processes out of `folder`, made if need be. Raises `UserError` if one is at work there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system however this process ends
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is working in this folder") from None
+        yield
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -147,13 +162,13 @@ def environment() -> dict[str, Any]:
     return {
         "machine": {"cpu": (models or [platform.machine()])[0], "cores": os.cpu_count(), "gpus": gpus},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "revision": _revision(),
+        "revision": revision(),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
 
 
-def _revision() -> str:
+def revision() -> str:
     """The commit of this tree, with -dirty where files other than results differ from it."""
 
     def git(*arguments: str) -> str:
@@ -223,12 +238,7 @@ class Run:
     def __enter__(self) -> "Run":
         with contextlib.ExitStack() as stack:
             if self.writes:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(self.folder / ".lock", "w"))
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system however this process ends
-                except BlockingIOError:
-                    raise UserError(f"{self.folder}: another process is working in this run folder") from None
+                stack.enter_context(hold(self.folder))
                 for left in self.folder.rglob(".*.partial"):  # by a process killed in the middle of a write
                     left.unlink()
                 if not (self.folder / "config.yaml").exists():
@@ -242,15 +252,22 @@ class Run:
             self._open = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self._events is not None:
             self._events.close()
         self._open.close()
+        if self._stop and kind is None:  # after the last step: what comes next is not to begin
+            raise KeyboardInterrupt
 
     def restore(self) -> dict[str, Any] | None:
         """The last snapshot, with the random state and `metrics.jsonl` set back to its moment; None at the start."""
         path = self.folder / "checkpoint.pt"
         saved = load_checkpoint(path) if path.exists() else None
+        if saved and (lacking := sorted({"step", "metrics_bytes", "rng", "snapshot"} - saved.keys())):
+            raise CheckpointError(f"{path}: not a run's checkpoint (it has no {lacking[0]})")
+        step = saved["step"] if saved else 0
+        if distributed.any_rank(step != distributed.mean(step)):
+            raise CheckpointError(f"{path}: not the same for all processes, it must lie on a disk that all share")
         if self.writes:
             logged = saved["metrics_bytes"] if saved else 0
             if self._metrics.tell() < logged:
@@ -275,11 +292,21 @@ class Run:
             if stopping or (step + 1) % self.checkpoint_every == 0:
                 self.save(step + 1, snapshot())
             if stopping:
+                self._stop = False
                 where = f"after step {step + 1} of {self.total_steps}, saved in {self.folder}"
                 raise Interrupted(f"stopped {where}; the same command resumes it")
 
     def save(self, step: int, snapshot: Mapping[str, Any]) -> None:
-        """Write `checkpoint.pt` atomically; `step` is the number of finished steps."""
+        """Write `checkpoint.pt` atomically; `step` is the number of finished steps.
+
+        Raises:
+            NonFiniteError: NaN or Inf in snapshot["model"], a state dict; the last checkpoint stays.
+        """
+        for name, value in snapshot.get("model", {}).items():
+            if not bool(torch.as_tensor(value).isfinite().all()):
+                raise NonFiniteError(
+                    f"{name} is not finite at step {step}; the last good checkpoint is in {self.folder}"
+                )
         if self.writes:
             self._flush()
             size = self._metrics.seek(0, os.SEEK_END)

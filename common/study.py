@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from common.config import UserError, parse, require
-from common.runs import Interrupted, read_json, write_json
+from common.runs import Interrupted, hold, read_json, revision, write_json
 
 C = TypeVar("C")
 Progress = Callable[[float], None]
@@ -52,6 +52,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         require(len(self.seeds) > 0, "study.seeds", self.seeds, "at least one seed")
         require(len(set(self.seeds)) == len(self.seeds), "study.seeds", self.seeds, "without repetition")
+        require(min(self.seeds) >= 0, "study.seeds", self.seeds, "at least 0 each")
         require(self.workers >= 1, "study.workers", self.workers, "at least 1")
 
 
@@ -71,12 +72,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """Rows {"cell", "seed", "metrics"}, failed cells with their logs, wall-clock seconds over all sittings."""
+    """Rows {"cell", "seed", "metrics"}, failed cells with their logs, wall-clock seconds over all sittings.
+
+    `revisions` are the commits that the rows were measured at.
+    """
 
     scale: str
     rows: list[dict[str, Any]]
     failed: dict[str, Path]
     seconds: float
+    revisions: list[str]
 
 
 def scale_arguments(configs: Path, argv: Sequence[str] | None = None) -> list[str]:
@@ -115,8 +120,26 @@ def run_study(
     """
     digests = [hashlib.sha256(f"{cell}\n{identity}".encode()).hexdigest()[:8] for cell in cells]
     homes = [folder / f"{cell.name}-{digest}" for cell, digest in zip(cells, digests, strict=True)]
+    with hold(folder):
+        seconds = _work_off(cells, homes, run_cell, folder, config)
+    rows: list[dict[str, Any]] = []
+    failed, revisions = {}, set()
+    for cell, home in zip(cells, homes, strict=True):
+        if _rows_of(home).exists():
+            for row in read_json(_rows_of(home)):
+                settings = {**cell.settings, **row.get("cell", {})}
+                rows.append({"cell": settings, "seed": cell.seed, "metrics": row["metrics"]})
+                revisions.add(row.get("revision", "unknown"))
+        else:
+            failed[cell.name] = _log_of(home)
+    return StudyResult(config.scale, rows, failed, seconds, sorted(revisions))
+
+
+def _work_off(
+    cells: Sequence[Cell], homes: Sequence[Path], run_cell: RunCell, folder: Path, config: StudyConfig
+) -> float:
+    """Run the cells without rows; returns the seconds of all sittings."""
     todo = [(cell, home) for cell, home in zip(cells, homes, strict=True) if not _rows_of(home).exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     clock, started = folder / "seconds.json", time.monotonic()
     before = read_json(clock) if clock.exists() and len(todo) < len(cells) else 0.0
     seconds = before
@@ -131,16 +154,7 @@ def run_study(
         except KeyboardInterrupt:
             done = sum(_rows_of(home).exists() for home in homes)
             raise Interrupted(f"stopped with {done} of {len(cells)} cells finished; the same command resumes") from None
-    rows: list[dict[str, Any]] = []
-    failed = {}
-    for cell, home in zip(cells, homes, strict=True):
-        if _rows_of(home).exists():
-            for row in read_json(_rows_of(home)):
-                settings = {**cell.settings, **row.get("cell", {})}
-                rows.append({"cell": settings, "seed": cell.seed, "metrics": row["metrics"]})
-        else:
-            failed[cell.name] = _log_of(home)
-    return StudyResult(config.scale, rows, failed, seconds)
+    return seconds
 
 
 def _rows_of(home: Path) -> Path:
@@ -160,7 +174,8 @@ def _work(run_cell: RunCell, cell: Cell, home: Path, progress: Progress) -> None
         contextlib.redirect_stderr(log),
     ):
         try:
-            write_json(_rows_of(home), list(run_cell(cell, home, progress)))
+            rows = run_cell(cell, home, progress)
+            write_json(_rows_of(home), [{**row, "revision": revision()} for row in rows])
         except UserError as error:
             print(f"error: {error}")
         except KeyboardInterrupt:
@@ -186,6 +201,14 @@ def _child(run_cell: RunCell, cell: Cell, home: Path, pipe: Connection, gpu: str
         print(f"\nerror: {_log_of(home)}: {error.strerror}", file=sys.stderr)
 
 
+@dataclass
+class _Running:
+    process: Any
+    home: Path
+    gpu: str | None
+    fraction: float = 0.0
+
+
 def _in_processes(todo: list[tuple[Cell, Path]], run_cell: RunCell, workers: int) -> Iterator[float]:
     """Run cells in `workers` processes at a time; yields how many are finished, fractions included."""
     # One thread from the start on: a forked child must not inherit a pool of threads.
@@ -193,41 +216,42 @@ def _in_processes(todo: list[tuple[Cell, Path]], run_cell: RunCell, workers: int
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "torch"])
     waiting, done = list(reversed(todo)), 0
-    running: dict[Connection, tuple[Any, Path, float]] = {}
-    gpus = torch.cuda.device_count()
+    running: dict[Connection, _Running] = {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 cell, home = waiting.pop()
                 pipe, child_end = context.Pipe()
-                gpu = str(len(waiting) % gpus) if gpus else None
+                gpu = min(gpus, key=[one.gpu for one in running.values()].count, default=None)
                 process = context.Process(target=_child, args=(run_cell, cell, home, child_end, gpu))
                 process.start()
                 child_end.close()
-                running[pipe] = (process, home, 0.0)
+                running[pipe] = _Running(process, home, gpu)
             ready = wait(list(running), timeout=1)
             for pipe in [pipe for pipe in running if pipe in ready]:
-                process, home, _ = running[pipe]
+                one = running[pipe]
                 try:
-                    running[pipe] = (process, home, float(pipe.recv()))
+                    one.fraction = float(pipe.recv())
                 except EOFError:
-                    process.join()
-                    if process.exitcode:  # such a death leaves no word in the log: say it there
-                        with open(_log_of(home), "a") as log:
-                            print(f"the process ended with exit code {process.exitcode}", file=log)
+                    one.process.join()
+                    if one.process.exitcode:  # such a death leaves no word in the log: say it there
+                        with open(_log_of(one.home), "a") as log:
+                            print(f"the process ended with exit code {one.process.exitcode}", file=log)
                     del running[pipe]
                     done += 1
-            yield done + sum(fraction for _, _, fraction in running.values())
+            yield done + sum(one.fraction for one in running.values())
     finally:
-        for process, _, _ in running.values():
+        for one in running.values():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGINT)
-        for process, _, _ in running.values():
-            process.join()
+                os.kill(one.process.pid, signal.SIGINT)
+        for one in running.values():
+            one.process.join()
 
 
 def _on_ray(todo: list[tuple[Cell, Path]], run_cell: RunCell, workers: int) -> Iterator[float]:
-    """The same on a Ray cluster (RAY_ADDRESS), or on a local one of `workers` CPUs."""
+    """The same on a Ray cluster (RAY_ADDRESS), as many as it has GPUs or CPUs, or on a local one of `workers` CPUs."""
     try:
         import ray
     except ImportError:
@@ -235,7 +259,8 @@ def _on_ray(todo: list[tuple[Cell, Path]], run_cell: RunCell, workers: int) -> I
     local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
     try:
-        work = ray.remote(num_cpus=1, max_retries=0)(_work)
+        gpu = 1 if ray.cluster_resources().get("GPU") else 0
+        work = ray.remote(num_cpus=1, num_gpus=gpu, max_retries=0)(_work)
         pending = [work.remote(run_cell, cell, home.resolve(), lambda fraction: None) for cell, home in todo]
         while pending:
             _, pending = ray.wait(pending, timeout=1)

@@ -12,13 +12,20 @@ from statistics import mean
 import numpy as np
 from scipy import stats
 
-from common.claims import Claim, Measure, Metrics, Number, difference, each
+from common.claims import Claim, Measure, Metrics, Number, Rows, difference, each
 from vit_antioversmooth.cost import PAPER_COUNTS
 
 
 def smaller(*measures: Measure) -> Measure:
-    """Per seed the smallest of several numbers: above a threshold only where all are."""
-    return lambda rows: [min(values) for values in zip(*(measure(rows) for measure in measures), strict=True)]
+    """Per seed the smallest of several numbers: above a threshold only where all are. KeyError if one lacks a seed."""
+
+    def measure(rows: Rows) -> list[float]:
+        numbers = [one(rows) for one in measures]
+        if len(set(map(len, numbers))) > 1:
+            raise KeyError("not every arm has every seed")
+        return [min(values) for values in zip(*numbers, strict=True)]
+
+    return measure
 
 
 def last_third(name: str) -> Number:

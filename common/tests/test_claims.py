@@ -65,8 +65,8 @@ def test_t_bounds_of_two_seeds_use_the_quantile_6_31() -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("interval", ["t", "bootstrap"])
 def test_equal_values_have_bounds_at_their_value(interval: str) -> None:
-    assert bounds([0.1, 0.1, 0.1], interval)[1:] == pytest.approx((0.1, 0.1), abs=1e-12)
-    assert bounds([2, 2], interval) == (2, 2, 2)
+    assert bounds([0.1] * 30, interval)[1:] == pytest.approx((0.1, 0.1), abs=1e-12)
+    assert bounds([2] * 20, interval) == (2, 2, 2)
 
 
 @pytest.mark.parametrize("interval", ["t", "sign", "binomial", "bootstrap", "worst"])
@@ -98,9 +98,11 @@ def test_binomial_bounds_of_ten_in_ten_are_the_tenth_root_and_one() -> None:
 
 
 def test_bootstrap_bounds_are_the_same_every_time_and_lie_within_the_values() -> None:
-    first = bounds([1, 2, 3, 6, 8], "bootstrap")
-    assert first == bounds([1, 2, 3, 6, 8], "bootstrap")
+    values = [1, 2, 3, 6, 8] * 4
+    first = bounds(values, "bootstrap")
+    assert first == bounds(values, "bootstrap")
     assert first[0] == 4 and 1 < first[1] < 4 < first[2] < 8
+    assert bounds(values[:19], "bootstrap")[1:] == (-INF, INF)
 
 
 def test_bootstrap_bounds_of_many_values_come_near_the_normal_ones() -> None:
@@ -111,6 +113,7 @@ def test_bootstrap_bounds_of_many_values_come_near_the_normal_ones() -> None:
 def test_the_worst_seed_is_the_least_above_and_the_greatest_below() -> None:
     assert bounds([1, 2, 6], "worst", "above") == (3, 1, 1)
     assert bounds([1, 2, 6], "worst", "below") == (3, 6, 6)
+    assert bounds([1, 2, 6], "worst", "equivalent") == (3, 1, 6)
 
 
 # Verdicts. 1, 2, 3, 6 has the t bounds 0.458 and 5.542.
@@ -358,7 +361,7 @@ def test_square_brackets_are_shown_in_the_terminal_as_they_are(capsys: pytest.Ca
 
 
 def studied(tmp_path: Path, failed: dict[str, Path], found: Rows) -> StudyResult:
-    return StudyResult("demo", list(found), failed, 90.0)  # type: ignore[arg-type]
+    return StudyResult("demo", list(found), failed, 90.0, ["abc", "def"])  # type: ignore[arg-type]
 
 
 def draw(found: Rows) -> dict[str, Figure]:
@@ -379,6 +382,7 @@ def test_a_study_without_failures_reports_with_status_0(tmp_path: Path, capsys: 
     stored = json.loads((tmp_path / "demo.json").read_text())
     keys = {"paper", "scale", "machine", "versions", "revision", "date", "seconds", "rows", "claims"}
     assert set(stored) == keys and stored["rows"] == rows(1, 2)
+    assert stored["revision"] == "abc, def"  # where the rows come from, not where they are reported
 
 
 def test_failed_cells_are_listed_with_the_last_word_of_their_logs_and_status_1(
@@ -392,7 +396,30 @@ def test_failed_cells_are_listed_with_the_last_word_of_their_logs_and_status_1(
         f"failed: a: ValueError: broken (log: {log})",
         f"failed: b: died without a word (log: {empty})",
     ]
-    assert not list((tmp_path / "results").glob("*.png"))
+    assert not (tmp_path / "results").exists()
+
+
+def test_results_stay_where_a_study_has_no_rows_and_old_figures_go_with_new_ones(tmp_path: Path) -> None:
+    report("a_paper", studied(tmp_path, {}, rows(1, 2)), [claim(SAMPLE)], draw, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    report("a_paper", studied(tmp_path, {"a": tmp_path / "a.log"}, []), [claim(SAMPLE)], draw, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "demo_2-again.png").write_bytes(b"of another scale")
+    report("a_paper", studied(tmp_path, {}, rows(1, 2)), [claim(SAMPLE)], lambda found: {"seeds": Figure()}, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["demo-seeds.png", "demo_2-again.png"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "values", "shown"),
+    [
+        ("t", [0.0031, 0.0033, 0.0032], "0.0032 [0.003, 0.0034] points, n=3"),
+        ("worst", [0.5, 2.0], "1.25, worst 0.50 points, n=2"),
+        ("worst", [0.5], "0.50 [-∞, ∞] points, n=1"),
+    ],
+)
+def test_numbers_are_shown_as_finely_as_they_are_decided(interval: Any, values: list[float], shown: str) -> None:
+    (judged,) = judge([claim(values, interval=interval)], [])
+    assert measured(judged) == shown
 
 
 def test_a_study_may_be_judged_in_another_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,6 +180,8 @@ def test_a_file_that_is_no_mapping_is_refused(written: Callable[..., Path], text
         (b"seed: \x00", "special characters are not allowed"),
         (b"seed: [1", "expected ',' or ']'"),
         (b"? [1]\n: 2", "unhashable key"),
+        (b"data: {fraction: 0.5}\ndata: {classes: [1]}", "'data' twice in one section"),
+        (b"data: {fraction: 0.5, fraction: 0.6}", "'fraction' twice in one section"),
         (b"folder: 2024-13-45", "month must be in 1..12"),
     ],
 )

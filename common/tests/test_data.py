@@ -476,6 +476,11 @@ UINT8 = np.uint8
             {"x_train": np.zeros((0, 5, 4), UINT8), "y_train": np.zeros(0, int)},
             "y_train must be a row of integers, got ",
         ),
+        (
+            {"x_test": np.zeros((0, 5, 4), UINT8), "y_test": np.zeros(0, int)},
+            "y_test must hold labels below 12, the images to train on, one or more",
+        ),
+        ({"y_train": np.full(12, 10**7)}, "y_train must hold labels below 12, the images to train on, one or more"),
         ({"x_train": np.zeros((12, 5, 4), np.float32)}, "x_train must be uint8, got float32 (12, 5, 4)"),
         ({"x_test": np.zeros((6, 5, 4), np.int64)}, "x_test must be uint8, got int64 (6, 5, 4)"),
         ({"x_train": np.zeros((12, 5, 4), "<U4")}, "x_train must be uint8, got <U4 (12, 5, 4)"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common import distributed
 from common.config import UserError
-from common.runs import Interrupted, Run, RunConfig, load_checkpoint
+from common.runs import CheckpointError, Interrupted, Run, RunConfig, load_checkpoint
 from common.tests import children, tiny_training
 
 TINY = Path(tiny_training.__file__)
@@ -191,6 +191,24 @@ def test_the_first_rank_alone_writes_a_run_folder(stopped: tuple[Path, list[dict
 
 
 # One process
+
+
+def on_own_disks(folder: Path) -> dict[str, Any]:
+    """A run resumed on two ranks of which only the first finds the checkpoint."""
+    with distributed.process_group():
+        mine = folder / str(distributed.rank())
+        with Run(mine, Config(), total_steps=9, progress=lambda fraction: None) as run:
+            run.save(4, {})
+            try:
+                run.restore()
+            except CheckpointError as error:
+                return {"message": str(error).replace(str(mine), "FOLDER")}
+    return {}
+
+
+def test_a_run_on_disks_that_are_not_shared_is_not_resumed(tmp_path: Path) -> None:
+    message = "FOLDER/checkpoint.pt: not the same for all processes, it must lie on a disk that all share"
+    assert [found["message"] for found in on_two_ranks(on_own_disks, tmp_path)] == [message] * 2
 
 
 def test_one_process_is_rank_0_of_1_and_keeps_what_it_has() -> None:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -416,7 +417,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> 
     pipe.recv()
     before = names(tmp_path / "run")
     with (
-        pytest.raises(UserError, match="run: another process is working in this run folder"),
+        pytest.raises(UserError, match="run: another process is working in this folder"),
         open_run(tmp_path / "run"),
     ):
         pass
@@ -522,6 +523,35 @@ def test_a_number_that_is_not_finite_ends_the_run_at_its_step_and_keeps_the_chec
     assert caught.value.status == 1
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
     assert [line["step"] for line in lines(tmp_path / "run")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_do_not_replace_the_last_checkpoint(value: float, tmp_path: Path) -> None:
+    weights = {"w": torch.ones(3), "count": torch.tensor(1)}
+    with (
+        pytest.raises(NonFiniteError, match="w is not finite at step 6; the last good"),
+        open_run(tmp_path / "run", checkpoint_every=3) as run,
+    ):
+        for step in run.steps(0, 10, lambda: {"model": weights}):
+            weights["w"][1] = value if step == 5 else step
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert saved["step"] == 3 and saved["snapshot"]["model"]["w"].tolist() == [1, 2, 1]
+
+
+def test_another_file_of_this_project_in_place_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        save_checkpoint(run.folder / "checkpoint.pt", {"weights": {}})
+        with pytest.raises(CheckpointError, match=r"checkpoint.pt: not a run's checkpoint \(it has no metrics_bytes\)"):
+            run.restore()
+
+
+def test_ctrl_c_after_the_last_step_is_not_lost(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path / "run") as run:
+        for _ in run.steps(0, 10, lambda: {}):
+            pass
+        signal.raise_signal(signal.SIGINT)
+        run.finish({"loss": 1.0})
+    assert run.finished
 
 
 def test_progress_is_told_to_the_callback_instead_of_a_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

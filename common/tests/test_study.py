@@ -14,7 +14,7 @@ import torch
 
 from common import study
 from common.config import ConfigError, UserError
-from common.runs import CheckpointError, Interrupted, read_json
+from common.runs import CheckpointError, Interrupted, hold, read_json, revision, write_json
 from common.study import Cell, Progress, StudyConfig, StudyResult, run_study, scale_arguments
 from common.tests import children, tiny_study
 
@@ -44,6 +44,12 @@ def do(cell: Cell, home: Path, progress: Progress) -> list[dict[str, Any]]:
         children.until((home.parent / "go").exists)
     metrics = {"threads": torch.get_num_threads(), "seed times ten": 10 * cell.seed}
     return [{"cell": {"part": part}, "metrics": metrics} for part in (1, 2)]
+
+
+def tell_gpu(cell: Cell, home: Path, progress: Progress) -> list[dict[str, Any]]:
+    """The GPU that a cell sees; the long one ends last."""
+    children.until(lambda: cell.settings["name"] != "long" or len(list(home.parent.glob("*.rows.json"))) == 3)
+    return [{"metrics": {"gpu": float(os.environ["CUDA_VISIBLE_DEVICES"])}}]
 
 
 def calls(folder: Path) -> list[str]:
@@ -267,6 +273,33 @@ def test_ctrl_c_in_this_process_ends_the_cells_it_waits_for(tmp_path: Path, monk
     assert last_line(next(tmp_path.glob("*.log"))) == "stopped"
 
 
+def test_a_study_in_use_is_refused(tmp_path: Path) -> None:
+    with hold(tmp_path), pytest.raises(UserError, match="another process is working in this folder"):
+        run(tmp_path, cells("a"))
+    assert len(run(tmp_path, cells("a")).rows) == 2
+
+
+def test_rows_keep_the_revision_they_were_measured_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path, cells("a"))
+    assert first.revisions == [revision()] and "revision" not in first.rows[0]
+    (rows,) = tmp_path.glob("*.rows.json")
+    write_json(rows, [{**row, "revision": "before"} for row in read_json(rows)])
+    assert run(tmp_path, cells("a", "b")).revisions == sorted([revision(), "before"])
+
+
+@pytest.mark.parametrize(("visible", "cards"), [(None, ["0", "1"]), ("2,5", ["2", "5"])])
+def test_a_cell_gets_the_gpu_that_the_fewest_have(
+    visible: str | None, cards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    todo = [Cell({"name": name}, 0) for name in ("long", "short", "short2", "short3")]
+    found = run_study(todo, tell_gpu, tmp_path, "", StudyConfig(workers=2))
+    assert [row["metrics"]["gpu"] for row in found.rows] == [float(card) for card in (cards[0], *[cards[1]] * 3)]
+
+
 # Ray
 
 
@@ -296,6 +329,7 @@ def test_without_ray_its_backend_is_refused_with_the_way_to_install_it(
     [
         ({"seeds": []}, "study.seeds must be at least one seed"),
         ({"seeds": [1, 2, 1]}, r"study.seeds must be without repetition, got \[1, 2, 1\]"),
+        ({"seeds": [0, -1]}, r"study.seeds must be at least 0 each, got \[0, -1\]"),
         ({"workers": 0}, "study.workers must be at least 1, got 0"),
     ],
 )
