@@ -8,13 +8,12 @@ from statistics import mean
 from typing import Any
 
 from common.config import command
-from common.data import load
 from common.experiment import Progress, eval_command, measurement
 from optimizer_amalgamation.measures import random_effects
 from optimizer_amalgamation.race import outcome, race_learnt
 from optimizer_amalgamation.rule import Rule, Weights
 from optimizer_amalgamation.settings import Config, split_problem
-from optimizer_amalgamation.train import make_problem, make_rule, run_weights
+from optimizer_amalgamation.train import make_rule, raced_problem, run_weights
 
 Metrics = dict[str, Any]
 
@@ -30,15 +29,15 @@ def race_all(
     config: Config, rule: Rule, weights: Weights, progress: Progress | None = None, alike: bool = False
 ) -> Metrics:
     """By problem of evaluation.problems, the measures of a rule with weights (R, *shape); alike: see `race_learnt`."""
-    splits, problems, metrics = load(config.data), config.evaluation.problems, {}
+    problems, metrics = config.evaluation.problems, {}
     for number, entry in enumerate(problems):
-        name, size, private = split_problem(entry)
+        private = split_problem(entry).private
 
         def part(fraction: float, number: int = number) -> None:
             if progress is not None:
                 progress((number + fraction) / len(problems))
 
-        problem = make_problem(config, splits, name, size)
+        problem = raced_problem(config, entry)
         curves = race_learnt(problem, rule, weights, config.evaluation, private, part, alike)
         metrics[entry] = outcome(curves, config.evaluation.repeats)
     return metrics

@@ -42,6 +42,8 @@ def export(arguments: Arguments) -> Path:
     config = finished_run(folder, Config)
     student = config.method.student
     require(student == "rnnprop", "folder", arguments.folder, f"the run of a student rnnprop, not of {student}")
+    plain = (config.method.layers, config.method.head) == (2, "free")
+    require(plain, "folder", arguments.folder, "the run of a student of two layers with the head free")
     done, environment = read_json(folder / "done.json"), read_json(folder / "environment.json")
     validations = done["validations"]
     count = len(validations)

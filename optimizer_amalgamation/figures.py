@@ -6,18 +6,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.claims import Rows
-from optimizer_amalgamation.rows import optimizers, raced, rows_of
+from optimizer_amalgamation.rows import optimizers, problems_of, raced, rows_of
 
 
 def draw(rows: Rows) -> dict[str, Figure]:
     """The figures that the rows have numbers for: `races`, `replicates`, `noise`."""
     figures = {"races": _races(rows), "replicates": _replicates(rows), "noise": _noise(rows)}
     return {name: figure for name, figure in figures.items() if figure is not None}
-
-
-def _problems(rows: Rows) -> list[str]:
-    found = [row["cell"]["problem"] for row in rows if row["cell"].get("what") == "race"]
-    return list(dict.fromkeys(found))
 
 
 def _panels(count: int) -> tuple[Figure, Any]:
@@ -27,9 +22,9 @@ def _panels(count: int) -> tuple[Figure, Any]:
 
 def _races(rows: Rows) -> Figure | None:
     """Mean log held-out loss by epoch: learnt optimizers, and the pool's members thin, the oracle dashed."""
-    problems = _problems(rows)
-    if not problems:
+    if not any(row["cell"].get("what") == "race" for row in rows):
         return None
+    problems = problems_of(rows)
     figure, panels = _panels(len(problems))
     for panel, problem in zip(panels, problems, strict=True):
         for by in optimizers(rows, problem):
@@ -49,9 +44,9 @@ def _races(rows: Rows) -> Figure | None:
 
 def _replicates(rows: Rows) -> Figure | None:
     """Log best held-out loss: a dot a training, a column an optimizer."""
-    problems = _problems(rows)
-    if not problems:
+    if not any(row["cell"].get("what") == "race" for row in rows):
         return None
+    problems = problems_of(rows)
     figure, panels = _panels(len(problems))
     for panel, problem in zip(panels, problems, strict=True):
         names = optimizers(rows, problem)

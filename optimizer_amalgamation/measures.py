@@ -112,19 +112,3 @@ def equal_spread(*groups: ArrayLike) -> float:
     if len(arrays) < 2 or min(map(len, arrays)) < 2:
         raise ValueError(f"there must be two groups or more of two numbers or more, got {list(map(len, arrays))}")
     return float(stats.levene(*arrays, center="median").pvalue)
-
-
-def spread_ratio(one: ArrayLike, other: ArrayLike, confidence: float = 0.95) -> tuple[float, Interval]:
-    """Ratio of the standard deviations of two samples, and its interval by the F distribution.
-
-    With 8 replicates each it must leave [1 / 2.23, 2.23] to be told from 1.
-
-    Raises:
-        ValueError: for a sample of fewer than two numbers, or without spread in `other`.
-    """
-    a, b = np.asarray(one, float).ravel(), np.asarray(other, float).ravel()
-    if min(len(a), len(b)) < 2 or not b.std() > 0:
-        raise ValueError(f"both samples must have two numbers and the second a spread, got {len(a)} and {len(b)}")
-    ratio = float(a.std(ddof=1) / b.std(ddof=1))
-    low, high = (float(stats.f.ppf(q, len(a) - 1, len(b) - 1)) for q in ((1 - confidence) / 2, (1 + confidence) / 2))
-    return ratio, Interval(ratio / high**0.5, ratio / low**0.5)

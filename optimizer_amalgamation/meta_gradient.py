@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optimizer_amalgamation.problems import Problem, curvature
 from optimizer_amalgamation.rule import State, Weights
-from optimizer_amalgamation.unroll import EPSILON, Policy, Step, Unrolled, apart, by_replicate, call
+from optimizer_amalgamation.unroll import EPSILON, Policy, Step, Unrolled, apart, at_step, by_replicate, call
 
 
 def meta_gradient(
@@ -63,7 +63,8 @@ def _states(policy: Policy, weights: Weights, steps: Sequence[Step], last: int) 
     found = {first: state}
     with torch.no_grad():
         for number in range(first, last):
-            _, state = call(policy, weights, state, steps[number].grad, steps[number].alive, number)
+            step = steps[number]
+            _, state, _ = call(at_step(policy, weights, number), state, step.grad, step.alive)
             found[number + 1] = state
     return found
 

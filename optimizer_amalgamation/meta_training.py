@@ -79,7 +79,7 @@ class MetaTraining:
         path = begin(self.problem, self.rule, self.context, start, scale, teachers, warmup, self.options.warmup_rate)
         weight = torch.tensor([one.schedule.plan.imitation for one in group]).to(scale)
         nearest = torch.zeros(len(group), len(teachers)).to(scale)
-        total, imitation = torch.zeros(len(group)).to(scale), torch.zeros(len(group)).to(scale)
+        total, imitation, stopped = (torch.zeros(len(group)).to(scale) for _ in range(3))
         for number in range(depth):
             rows = self._rows(draws)
             if validating:
@@ -88,14 +88,18 @@ class MetaTraining:
                 found = self._meta_step(group, path, rows, scale, teachers, weight, number)
             total, path = total + found.meta / depth, found.path
             imitation, nearest = imitation + found.imitation / depth, nearest + found.nearest / depth
+            stopped = stopped + ~found.alive / depth
         if not validating:
             for one, meta, shares in zip(group, total.tolist(), nearest.tolist(), strict=True):
                 one.history.append([meta, *shares])
         validations = self._count(group, total.tolist())
         share = nearest.mean(0).tolist()
         logged = {"meta_loss": float(total.mean()), "replicates": len(group), "depth": depth}
+        if stopped.any():
+            logged |= {"stopped": float(stopped.mean())}
+        if bool((finite := imitation[imitation.isfinite()]).numel()) and teachers:
+            logged |= {"imitation_loss": float(finite.mean())}
         if teachers:
-            logged |= {"imitation_loss": float(imitation.mean())}
             logged |= {f"nearest_{index}": value for index, value in enumerate(share)}
         return {**logged, **({"validation": sum(validations) / len(validations)} if validations else {})}
 

@@ -121,13 +121,24 @@ class NASCell(nn.Module):
 
 
 def is_chain(module: nn.Module) -> bool:
-    """Whether `networks.batched_logits` can run many copies of this network at once."""
-    kinds = (nn.Conv2d, nn.Linear, nn.ReLU, nn.Sigmoid, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
-    return isinstance(module, nn.Sequential) and all(
-        isinstance(layer, kinds)
-        and not (isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.dilation != (1, 1) or layer.bias is None))
-        for layer in module
-    )
+    """Whether `networks.batched_logits` can run many copies of this network at once: images, flattened, dense."""
+    if not isinstance(module, nn.Sequential):
+        return False
+    flat = False
+    for layer in module:
+        if isinstance(layer, nn.Conv2d):
+            plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+            fits = plain and layer.bias is not None and not flat
+        elif isinstance(layer, nn.Linear):
+            fits = layer.bias is not None and flat
+        elif isinstance(layer, nn.Flatten):
+            fits, flat = (layer.start_dim, layer.end_dim) == (1, -1) and not flat, True
+        else:
+            spatial = isinstance(layer, (nn.MaxPool2d, nn.AdaptiveAvgPool2d)) and not flat
+            fits = spatial or isinstance(layer, (nn.ReLU, nn.Sigmoid))
+        if not fits:
+            return False
+    return flat
 
 
 def glorot(module: nn.Module, generator: torch.Generator) -> Tensor:
@@ -139,8 +150,5 @@ def glorot(module: nn.Module, generator: torch.Generator) -> Tensor:
             bound = (6 / fans) ** 0.5
             found.append((2 * torch.rand(parameter.numel(), generator=generator) - 1) * bound)
         else:
-            scale = isinstance(module.get_submodule(name.rpartition(".")[0]), nn.BatchNorm2d) and name.endswith(
-                "weight"
-            )
-            found.append(torch.full((parameter.numel(),), float(scale)))
+            found.append(torch.full((parameter.numel(),), float(name.endswith("weight"))))
     return torch.cat(found)

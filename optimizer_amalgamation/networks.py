@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.config import require
 from common.data import ImageSet, Splits, pixels
@@ -84,7 +85,7 @@ def network_problem(
 
     def fresh(generator: torch.Generator) -> Tensor:
         for layer in module.modules():
-            if isinstance(layer, nn.BatchNorm2d):
+            if isinstance(layer, _BatchNorm):
                 layer.reset_running_stats()
         return glorot(module, generator).to(inputs.device)
 

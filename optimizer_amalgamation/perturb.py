@@ -24,7 +24,7 @@ def norms(x: Tensor, batched: bool = False) -> Tensor:
 def standard_normal(like: Weights, generators: torch.Generator | Sequence[torch.Generator]) -> Weights:
     """Noise N(0, 1) for each weight; one generator for each replicate where the weights are batched."""
     if isinstance(generators, torch.Generator):
-        return {name: torch.randn(w.shape, generator=generators, dtype=w.dtype) for name, w in like.items()}
+        return {name: torch.randn(w.shape, generator=generators, dtype=w.dtype).to(w) for name, w in like.items()}
     drawn = [standard_normal({name: w[r] for name, w in like.items()}, g) for r, g in enumerate(generators)]
     return {name: torch.stack([one[name] for one in drawn]) for name in like}
 

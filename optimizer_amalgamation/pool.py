@@ -11,7 +11,7 @@ so that its step rises and then decays: students learn that schedule.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -137,14 +137,6 @@ class Pool:
                 update = update / q if t.name.startswith("ada") else update
             found.append(t.lr * update)
         return torch.stack(found)
-
-
-def scaled(pool: Pool, **rates: float) -> Pool:
-    """The pool with other rates, by name. Raises ValueError for a name that it has not."""
-    for name in rates:
-        if name not in {t.name for t in pool.teachers}:
-            raise ValueError(f"pool must hold {name!r} to change its rate, got {pool}")
-    return Pool([replace(t, lr=rates.get(t.name, t.lr)) for t in pool.teachers])
 
 
 # Rates of the released presets: searched on Train by validation loss after 5 epochs.

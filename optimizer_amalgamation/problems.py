@@ -122,7 +122,7 @@ def validation_losses(problem: Problem, params: Tensor) -> Tensor:
     """Mean loss (R,) of each copy on all held-out samples."""
     inputs, labels = problem.held_out
     problem.set_training(False)
-    total = torch.zeros(len(params), dtype=torch.float64)
+    total = torch.zeros(len(params), dtype=torch.float64, device=params.device)
     size = max(SAMPLES // len(params), 1)
     for some, targets in zip(inputs.split(size), labels.split(size), strict=True):
         batch = (some.expand(len(params), *some.shape), targets.expand(len(params), -1))

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from optimizer_amalgamation.clip import clip_adaptive
 from optimizer_amalgamation.rule import Weights
@@ -69,9 +70,17 @@ class Replicate:
         return {**found, "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken, on the device of the present weights."""
+        device = next(iter(self.weights.values())).device
         for name, value in state.items():
             if name == "schedule":
                 self.schedule.load_state_dict(value)
             else:
-                setattr(self, name, value)
+                setattr(self, name, _moved(value, device))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Plain data with its tensors on a device."""
+    if isinstance(value, dict):
+        return {key: _moved(part, device) for key, part in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value

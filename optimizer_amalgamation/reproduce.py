@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from common.claims import report
-from common.config import command, dump
+from common.config import command, dump, require
 from common.data import load
 from common.study import Cell, run_study, study_config
 from optimizer_amalgamation.claims import CLAIMS
@@ -26,7 +26,7 @@ from optimizer_amalgamation.race import outcome
 from optimizer_amalgamation.schedules import ScheduleConfig
 from optimizer_amalgamation.settings import AmalgamationStudy, Config, split_problem
 from optimizer_amalgamation.students import StudentRule
-from optimizer_amalgamation.train import make_problem, train
+from optimizer_amalgamation.train import raced_problem, train
 from optimizer_amalgamation.weights import load_weights, shipped
 
 HERE = Path(__file__).parent
@@ -89,8 +89,7 @@ def method_cell(config: Config, cell: Cell, folder: Path, progress: Progress) ->
 def pool_cell(config: Config, cell: Cell, progress: Progress) -> list[Row]:
     """Each member at its best rate on one problem; the oracle is the best on the starts of that choice."""
     entry, study, options = cell.settings["problem"], config.study, config.evaluation
-    name, size, _ = split_problem(entry)
-    problem = make_problem(config, load(config.data), name, size)
+    problem = raced_problem(config, entry)
     found = []
     for number, member in enumerate(members()):
         found.append(choose(problem, member, study.factors, study.tuning_repeats, options.epochs, options.seed + 1))
@@ -173,11 +172,11 @@ def cells_of(config: Config) -> list[Cell]:
     settings: list[dict[str, Any]] = []
     for arm in study.arms:
         if arm == "pool":
-            settings += [{"arm": arm, "problem": p} for p in config.evaluation.problems if not split_problem(p)[2]]
+            settings += [{"arm": arm, "problem": p} for p in config.evaluation.problems if not split_problem(p).private]
         elif arm == "noise":
-            settings += [
-                {"arm": arm, "kind": kind, "magnitude": size} for kind in study.noise_kinds for size in study.noise
-            ]
+            each = [(kind, size) for kind in study.noise_kinds for size in study.noise]
+            once = [(kind, size) for kind, size in each if size or kind == study.noise_kinds[0]]  # no noise has no kind
+            settings += [{"arm": arm, "kind": kind, "magnitude": size} for kind, size in once]
         elif arm == "nearest":
             settings.append({"arm": arm, "reduce": "mean"})
         else:
@@ -190,6 +189,9 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
     config = study_config(Config, HERE / "configs", arguments)
     load(config.data)  # once, before any cell: a download happens here, a data set that is not there ends here
     study = config.study
+    starts = len(config.meta.replicates) * config.evaluation.repeats
+    fits = "pool" not in study.arms or study.pool_repeats >= starts
+    require(fits, "study.pool_repeats", study.pool_repeats, f"at least {starts}, the starts of the learnt optimizers")
     # Of the study only what a cell depends on: with more seeds, arms or workers finished cells are found again.
     plain = AmalgamationStudy()
     names = ("scale", "seeds", "workers", "backend", "runs", "results", "arms", "noise", "noise_kinds")

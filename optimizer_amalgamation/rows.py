@@ -13,16 +13,20 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
+from scipy.linalg import helmert
 
 from common.claims import Rows, bounds
-from optimizer_amalgamation.measures import equal_spread
+from optimizer_amalgamation.measures import equal_spread, random_effects
+from optimizer_amalgamation.pool_search import TRUE_ADAM
 
 Measure = Callable[[Rows], list[float]]
 SIMILAR = 0.05  # in log loss
 COLLAPSED = -0.1  # mean meta loss of an unroll that brings next to nothing
 SHARE = 2 / 3  # of the problems
+DEVIATIONS = 20
 NOISE = (0.0, 0.1, 0.3, 1.0)
-LEARNT = ("choice-large", "choice-small", "minmax", "mean", "rnnprop", "stronger", "original", "scale")
+CHOICES = ("choice-large", "choice-small", "choice-large-student", "choice-small-student")
+LEARNT = (*CHOICES, "minmax", "mean", "rnnprop", "stronger", "original", "scale")
 
 
 def rows_of(rows: Rows, **cell: Any) -> list[Any]:
@@ -38,22 +42,35 @@ def raced(rows: Rows, by: str, problem: str, measure: str = "val_best") -> list[
     return [row for one in rows_of(rows, what="race", by=by, problem=problem) for row in one["metrics"][measure]]
 
 
+def problems_of(rows: Rows) -> list[str]:
+    """All problems, as the study has them: that of meta-training first."""
+    return list(dict.fromkeys(row["cell"]["problem"] for row in rows_of(rows, what="race")))
+
+
+def at(rows: Rows, place: int) -> str:
+    """The problem at this place. Raises KeyError where there are fewer."""
+    problems = problems_of(rows)
+    if place >= len(problems):
+        raise KeyError(f"no problem number {place}")
+    return problems[place]
+
+
 def oracles(rows: Rows, problem: str) -> list[float]:
     """Log loss of the pool's best member from each start."""
     (pool,) = rows_of(rows, what="race", problem=problem, oracle=True)[:1]
     return [value for (value,) in pool["metrics"]["val_best"]]
 
 
-def over_oracle(by: str, problem: str) -> Measure:
+def over_oracle(by: str, place: int) -> Measure:
     """B3: per replicate, mean log loss minus that of the pool's best member from the same starts."""
 
     def measure(rows: Rows) -> list[float]:
+        problem = at(rows, place)
         theirs, ours = oracles(rows, problem), raced(rows, by, problem)
         size = len(ours[0])
         if len(ours) == 1:  # shipped weights: one replicate, by start
             return [a - b for a, b in zip(ours[0], theirs, strict=False)]
-        fitting = len(theirs) // size
-        return [mean(row) - mean(theirs[i * size : (i + 1) * size]) for i, row in enumerate(ours[:fitting])]
+        return [mean(row) - mean(theirs[i * size : (i + 1) * size]) for i, row in enumerate(ours)]
 
     return measure
 
@@ -91,14 +108,15 @@ def best_over_oracle(by: str) -> Measure:
     return measure
 
 
-def over(by: str, reference: str, problem: str, measure_name: str = "val_best") -> Measure:
-    """B1, B2: per replicate, the difference of two learnt optimizers' mean log losses."""
+def difference(rows: Rows, by: str, reference: str, problem: str) -> list[float]:
+    """Per replicate, the difference of two learnt optimizers' mean log losses."""
+    ours, theirs = (raced(rows, name, problem) for name in (by, reference))
+    return [mean(a) - mean(b) for a, b in zip(ours, theirs, strict=False)]
 
-    def measure(rows: Rows) -> list[float]:
-        ours, theirs = (raced(rows, name, problem, measure_name) for name in (by, reference))
-        return [mean(a) - mean(b) for a, b in zip(ours, theirs, strict=False)]
 
-    return measure
+def over(by: str, reference: str, place: int) -> Measure:
+    """B1, B2: the same on the problem at this place."""
+    return lambda rows: difference(rows, by, reference, at(rows, place))
 
 
 def over_all(by: str, reference: str) -> Measure:
@@ -107,21 +125,24 @@ def over_all(by: str, reference: str) -> Measure:
     def measure(rows: Rows) -> list[float]:
         problems = {row["cell"]["problem"] for row in rows_of(rows, what="race", by=by)}
         problems &= {row["cell"]["problem"] for row in rows_of(rows, what="race", by=reference)}
-        return [mean(values) for values in zip(*(over(by, reference, p)(rows) for p in sorted(problems)), strict=True)]
+        found = [difference(rows, by, reference, problem) for problem in sorted(problems)]
+        return [mean(values) for values in zip(*found, strict=True)]
 
     return measure
 
 
 def unsteadiness(by: str) -> Measure:
-    """B4: per problem, mean instability over the median of the pool's members, minus 1."""
+    """B4: per problem that the pool raced on too, mean instability over the median of its members, minus 1."""
 
     def measure(rows: Rows) -> list[float]:
         found = []
+        pool = [row for row in rows_of(rows, arm="pool") if "warmup" not in row["cell"]]
         for row in rows_of(rows, what="race", by=by):
-            pool = rows_of(rows, arm="pool", problem=row["cell"]["problem"])
-            plain = [one for one in pool if "warmup" not in one["cell"]]
-            typical = median(float(np.mean(one["metrics"]["instability"])) for one in plain)
-            found.append(float(np.mean(row["metrics"]["instability"])) / typical - 1)
+            problem = row["cell"]["problem"]
+            own = [one for one in pool if one["cell"]["problem"] == problem and one["cell"]["by"] != TRUE_ADAM]
+            if own:
+                typical = median(float(np.mean(one["metrics"]["instability"])) for one in own)
+                found.append(float(np.mean(row["metrics"]["instability"])) / typical - 1)
         return found
 
     return measure
@@ -153,17 +174,23 @@ def least_rise(rows: Rows) -> list[float]:
 
 
 def log_spread(kind: str, magnitude: float) -> Measure:
-    """B5, B6: log ratio of the spread over replicates under noise to that without: its jackknife pseudo-values."""
+    """B5, B6: log ratio of the spread over replicates under noise to that without: its jackknife pseudo-values.
+
+    Of both spreads the evaluations' share is taken out; nothing where that leaves none.
+    """
 
     def measure(rows: Rows) -> list[float]:
         samples = []
-        for size in (magnitude, 0.0):
-            found = rows_of(rows, what="race", arm="noise", kind=kind, magnitude=size)
-            samples.append(np.array([mean(row) for one in found for row in one["metrics"]["train_last"]]))
-        noisy, plain = samples
-        whole, count = np.log(noisy.std(ddof=1) / plain.std(ddof=1)), len(noisy)
-        without = [np.log(np.delete(noisy, i).std(ddof=1) / np.delete(plain, i).std(ddof=1)) for i in range(count)]
-        return [float(count * whole - (count - 1) * one) for one in without]
+        for own in ({"kind": kind, "magnitude": magnitude}, {"magnitude": 0.0}):
+            found = rows_of(rows, what="race", arm="noise", **own)
+            samples.append(np.array([row for one in found for row in one["metrics"]["train_last"]]))
+        count = len(samples[0])
+        left = [[random_effects(np.delete(one, out, 0)).meta_sd for one in samples] for out in range(count)]
+        spreads = [[random_effects(one).meta_sd for one in samples], *left]
+        if not all(min(pair) > 0 for pair in spreads):
+            return []
+        whole, *without = (math.log(noisy / plain) for noisy, plain in spreads)
+        return [count * whole - (count - 1) * one for one in without]
 
     return measure
 
@@ -182,17 +209,22 @@ def memory_growth(rows: Rows) -> list[float]:
 
 
 def evaluation_spread(rows: Rows) -> list[float]:
-    """B8: per problem, p of Levene's test over the optimizers' deviations from their replicates' means."""
-    problems = sorted({row["cell"]["problem"] for row in rows_of(rows, what="race")})
+    """B8: per problem, p of Levene's test over the optimizers' deviations within replicates.
+
+    Of a replicate's J evaluations J - 1 deviations are independent: the Helmert contrasts, each with their variance.
+    Optimizers with fewer than `DEVIATIONS` are left out: of so few no difference would be seen.
+    """
     found = []
-    for problem in problems:
+    for problem in problems_of(rows):
         groups = []
         for by in LEARNT:
             try:
-                values = raced(rows, by, problem)
+                values = np.array(raced(rows, by, problem))
             except KeyError:
                 continue
-            groups.append([value - mean(row) for row in values for value in row])
+            contrasts = values @ helmert(values.shape[1]).T
+            if contrasts.size >= DEVIATIONS:
+                groups.append(contrasts)
         if len(groups) > 1:
             found.append(equal_spread(*groups))
     return found

@@ -14,6 +14,7 @@ from optimizer_amalgamation.rule import Context, Rule, State, Weights
 from optimizer_amalgamation.stepping import CLOCK, SHARED, Pairs, step_blocks, step_flat, wide_type
 
 IMPLS = ("auto", "blocks", "flat")
+CONTEXTS = 64
 
 
 class RuleOptimizer(Optimizer):
@@ -21,7 +22,8 @@ class RuleOptimizer(Optimizer):
 
     State of a parameter: `step`, and the rule's, coordinates last. Single precision at least, double for parameters
     in double precision. A parameter without gradient is left alone and does not age; so is one whose gradient is not
-    finite, or so large that its square is not (from 1e18): it counts in `skipped`, and the first is warned of.
+    finite, or so large that its square is not (from 1e18), or whose update is not finite: it counts in `skipped`, and
+    the first is warned of.
 
     Args:
         params: parameters or groups, with their own lr, alpha, weight_decay, warmup and warmup_lr.
@@ -70,7 +72,8 @@ class RuleOptimizer(Optimizer):
     ) -> None:
         self.rule, self.weights, self.state_dtype, self.impl = rule, weights, state_dtype, impl
         self._skipped, self._skipped_there = skipped, {}  # type: tuple[int, dict[torch.device, Tensor]]
-        self._made: dict[Any, Any] = {}  # what is made once: weights elsewhere, blocks, contexts
+        self._made: dict[Any, Any] = {}  # what is made once: weights elsewhere, blocks
+        self._contexts: dict[Any, Context] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("rule", "weights", "state_dtype", "impl", "skipped")}
@@ -145,7 +148,7 @@ class RuleOptimizer(Optimizer):
             self._skipped += int(missed)
             if "warned" not in self._made:
                 self._made["warned"] = True
-                text = "a gradient was not finite, or beyond 1e18: its parameter and state were left as they were"
+                text = "a gradient or update was not finite, or a gradient beyond 1e18: its parameter was left alone"
                 warnings.warn(f"{type(self).__name__}: {text}; see `skipped`", stacklevel=2)
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -158,10 +161,15 @@ class RuleOptimizer(Optimizer):
         return self._once((tuple(values), device, dtype), lambda: torch.tensor(values, dtype=dtype, device=device))
 
     def context(self, params: list[Tensor]) -> Context:
-        """Of parameters of one device and type."""
+        """Of parameters of one device and type; the last few are kept."""
         like = torch.empty(0, dtype=wide_type(params[0]), device=params[0].device)
         shapes = tuple(tuple(p.shape) for p in params)
-        return self._once((shapes, like.device, like.dtype), lambda: Context.of(shapes, like))
+        key = (shapes, like.device, like.dtype)
+        if key not in self._contexts:
+            if len(self._contexts) == CONTEXTS:
+                del self._contexts[next(iter(self._contexts))]
+            self._contexts[key] = Context.of(shapes, like)
+        return self._contexts[key]
 
     def weights_on(self, device: torch.device, dtype: torch.dtype) -> Weights:
         """The rule's weights there."""

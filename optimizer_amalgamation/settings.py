@@ -1,7 +1,7 @@
 """The configuration of one run and of the study; every YAML in configs/ fills this."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from common.config import ConfigError, require
 from common.data import DataConfig
@@ -10,6 +10,8 @@ from common.study import StudyConfig
 from optimizer_amalgamation.networks import PROBLEMS
 from optimizer_amalgamation.pool import Teacher
 from optimizer_amalgamation.schedules import ScheduleConfig
+
+OTHER_DATA = ("mnist5k", "mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class MethodConfig:
     policy: str = ""
     """a choice policy as one more teacher: its weights file, or the folder of the run that trained it"""
     policy_replicate: int = 0
-    """which of that run's replicates; -1: each student has the policy of its own number"""
+    """which of that run's replicates, by place; -1: each student has the policy of its own number"""
     reduce: Literal["max", "mean"] = "max"
     """over the distances to the teachers"""
     pool: Literal["small", "large"] = "large"
@@ -125,7 +127,7 @@ class EvaluationConfig:
     """On what a learnt optimizer, or a pool, is judged."""
 
     problems: list[str] = field(default_factory=lambda: ["tiny14", "small14"])
-    """networks; with :16 after the name another batch size, with :dp private gradients"""
+    """networks; @svhn after the name: on other data, :16: with another batch size, :dp: with private gradients"""
     epochs: int = 12
     repeats: int = 4
     """J: evaluations of a replicate, each from a fresh start"""
@@ -144,13 +146,24 @@ class EvaluationConfig:
         require(self.seed >= 0, "evaluation.seed", self.seed, "at least 0")
 
 
-def split_problem(entry: str) -> tuple[str, int, bool]:
-    """Network, batch size (0: the run's), whether private, of "small14:16" or "small14:dp". Raises `ConfigError`."""
+class Raced(NamedTuple):
+    """A problem that optimizers are judged on: network, data set ("": the run's), batch size (0: the run's)."""
+
+    network: str
+    data: str
+    batch_size: int
+    private: bool
+
+
+def split_problem(entry: str) -> Raced:
+    """Of "train@svhn:32" or "small14:dp". Raises `ConfigError`."""
     name, _, option = entry.partition(":")
-    fits = name in PROBLEMS and (option in ("", "dp") or (option.isdigit() and int(option) > 0))
-    allowed = f"one of {', '.join(PROBLEMS)}, with :dp or :<batch size> behind it or nothing"
+    network, _, data = name.partition("@")
+    fits = network in PROBLEMS and (option in ("", "dp") or (option.isdigit() and int(option) > 0))
+    fits = fits and ("@" not in name or data in OTHER_DATA)
+    allowed = f"one of {', '.join(PROBLEMS)}, behind it @ and one of {', '.join(OTHER_DATA)}, and :dp or :<batch size>"
     require(fits, "evaluation.problems", entry, allowed)
-    return name, int(option) if option.isdigit() else 0, option == "dp"
+    return Raced(network, data, int(option) if option.isdigit() else 0, option == "dp")
 
 
 ARMS = (

@@ -71,7 +71,10 @@ def step_blocks(optimizer: Stepped, pairs: Pairs, device: torch.device, wide: to
             for name in names:
                 torch._foreach_copy_([state[name] for state in states], list(own[name].split(sizes, -1)))
         for (p, group, _), state, update in zip(some, states, updates, strict=True):
-            _move(p, group, state, update.mul_(group["alpha"]))
+            if torch.linalg.vector_norm(update, math.inf) < math.inf:
+                _move(p, group, state, update.mul_(group["alpha"]))
+            else:
+                optimizer.count_skipped(1)
 
 
 def _batches(
@@ -127,6 +130,7 @@ def step_flat(optimizer: Stepped, pairs: Pairs, device: torch.device, wide: torc
     before = {**old, CLOCK: steps.to(wide)[of]}
     update, new = optimizer.rule.step(optimizer.weights_on(device, wide), before, g, context)
     warmed = optimizer.rule.warmup(before, g)
+    keep = keep & (warm | (torch.stack(torch._foreach_norm(update.split(sizes), math.inf)) < math.inf))
     for name in names:
         its_keep, its_warm = (keep, warm) if name == PER_TENSOR else (keep[of], warm[of])
         if old[name].dim() > 1:

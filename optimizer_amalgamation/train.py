@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import command, require
-from common.data import Splits, load
+from common.data import load
 from common.experiment import device, finished_run, train_command
 from common.runs import CheckpointError, Run, load_checkpoint, read_json, save_checkpoint
 from optimizer_amalgamation.choice import ChoiceRule
@@ -22,7 +22,7 @@ from optimizer_amalgamation.pool import LARGE_CHOICE, LARGE_TEACHERS, SMALL_CHOI
 from optimizer_amalgamation.problems import Problem
 from optimizer_amalgamation.rule import Context, Rule, Weights
 from optimizer_amalgamation.scale import ScaleRule
-from optimizer_amalgamation.settings import Config, MethodConfig, parse_teacher
+from optimizer_amalgamation.settings import Config, MethodConfig, parse_teacher, split_problem
 from optimizer_amalgamation.students import OriginalRule, StudentRule
 from optimizer_amalgamation.unroll import Guide
 from optimizer_amalgamation.weights import check_weights, load_weights
@@ -46,8 +46,7 @@ def train(config: Config, folder: Path, progress: Progress | None = None) -> dic
         folder: the run's.
         progress: called with the finished fraction instead of drawing a progress bar.
     """
-    config, folder = _share(config, folder)
-    problem = make_problem(config, load(config.data))
+    problem = raced_problem(config, config.problem.name)
     rule = make_rule(config.method)
     teaching = _teaching(config, Context.of(problem.shapes, problem.inputs))
     least = config.schedule.least_episodes()
@@ -102,7 +101,7 @@ def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
 
-def _share(config: Config, folder: Path) -> tuple[Config, Path]:
+def share(config: Config, folder: Path) -> tuple[Config, Path]:
     """This process's replicates and folder, where torchrun started several."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
@@ -113,11 +112,14 @@ def _share(config: Config, folder: Path) -> tuple[Config, Path]:
     return replace(config, meta=own), folder / f"share-{rank}-of-{world}"
 
 
-def make_problem(config: Config, splits: Splits, name: str = "", batch_size: int = 0) -> Problem:
-    """The optimizee of a run, or another network on its images."""
+def raced_problem(config: Config, entry: str) -> Problem:
+    """A problem of evaluation.problems; its data are loaded."""
+    network, data, batch_size, _ = split_problem(entry)
+    own = replace(config.data, name=data, path="") if data else config.data  # type: ignore[arg-type]
     options = config.problem
-    name, size = name or options.name, batch_size or options.batch_size
-    return image_problem(name, splits, min(size, len(splits.train)), options.shrink, device())
+    splits = load(own)
+    size = min(batch_size or options.batch_size, len(splits.train))
+    return image_problem(network, splits, size, options.shrink, device())
 
 
 def make_rule(options: MethodConfig) -> Rule:
@@ -139,33 +141,41 @@ def _teaching(config: Config, context: Context) -> Teaching | None:
         return None
     if not options.policy:
         return lambda numbers: analytical
-    rule, policies = read_policy(options)
+    rule, policies, known = read_policy(options)
+    own = options.policy_replicate == -1
+    if own:
+        wanted = config.meta.replicates
+        require(set(wanted) <= set(known), "meta.replicates", wanted, f"of the policy's replicates {known}")
 
     def teaching(numbers: Sequence[int]) -> Sequence[Guide]:
-        own = options.policy_replicate == -1
-        chosen = {name: value[list(numbers) if own else options.policy_replicate] for name, value in policies.items()}
+        at = [known.index(number) for number in numbers] if own else options.policy_replicate
+        chosen = {name: value[at] for name, value in policies.items()}
         return [*analytical, Trained(rule, {name: value.to(device()) for name, value in chosen.items()}, context)]
 
     return teaching
 
 
-def read_policy(options: MethodConfig) -> tuple[ChoiceRule, Weights]:
-    """The choice policy of method.policy, its weights stacked over replicates; nothing in the file is executed."""
+def read_policy(options: MethodConfig) -> tuple[ChoiceRule, Weights, list[int]]:
+    """The choice policy of method.policy, its weights stacked over replicates, and their numbers.
+
+    Nothing in the file is executed.
+    """
     path = Path(options.policy)
     if path.is_dir():
         source = finished_run(path, Config)
         require(source.method.student == "choice", "method.policy", options.policy, "the run of a choice policy")
         rule = make_rule(source.method)
-        weights = run_weights(path, source)
+        weights, numbers = run_weights(path, source), source.meta.replicates
     else:
+        numbers = [0]
         rule = ChoiceRule(POOLS[options.pool, options.pool_rates])
         try:
             weights = {name: value[None] for name, value in load_weights(path, rule.shapes).items()}
         except ValueError as error:
             require(False, "method.policy", options.policy, f"a run of a choice policy or its weights ({error})")
-    count = len(weights["choice_bias"])
+    count = len(numbers)
     require(options.policy_replicate < count, "method.policy_replicate", options.policy_replicate, f"below {count}")
-    return rule, weights  # type: ignore[return-value]
+    return rule, weights, numbers  # type: ignore[return-value]
 
 
 def run_weights(folder: Path, config: Config) -> Weights:
@@ -193,7 +203,7 @@ def main() -> None:
         losses = ", ".join(f"{value:.3f}" for value in metrics["validations"])
         return f"validation meta loss {losses} after {', '.join(map(str, metrics['meta_steps']))} meta-steps"
 
-    train_command(__file__, Config, train, run_name, summary)
+    train_command(__file__, Config, train, run_name, summary, share)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ class Unrolled:
         imitation: mean log distance to the teachers (R,); 0 without any.
         nearest: share of the steps in which each of the k teachers is the nearest (R, k).
         path: where the optimizees stand now, detached.
+        alive: which optimizees have not stopped (R,).
         steps: what `meta_gradient` needs; empty unless kept.
     """
 
@@ -85,6 +86,7 @@ class Unrolled:
     imitation: Tensor
     nearest: Tensor
     path: Path
+    alive: Tensor
     steps: list[Step]
 
 
@@ -102,7 +104,8 @@ def unroll(
 ) -> Unrolled:
     """N steps of the student, and of each teacher on its own optimizees.
 
-    An optimizee whose loss is not finite stops where it is; what it has accumulated stays.
+    An optimizee whose loss, or whose update, is not finite stops where it is; what it has accumulated stays. A
+    teacher's update that is not finite is left out.
 
     Args:
         problem: the optimizee.
@@ -125,7 +128,7 @@ def unroll(
     params, state, taught, taught_states = path.params, path.state, list(path.taught), list(path.teacher_states)
     copies, count = len(params), len(rows)
     start = (batch_losses(problem, params * scale, rows) + EPSILON).log()
-    alive = torch.ones(copies, dtype=torch.bool, device=params.device)
+    alive = everywhere = torch.ones(copies, dtype=torch.bool, device=params.device)
     meta, imitation = params.new_zeros(copies), params.new_zeros(copies)
     nearest = params.new_zeros(copies, len(teachers))
     steps: list[Step] = []
@@ -133,21 +136,22 @@ def unroll(
         losses, true = _joint_gradients(problem, [params * scale, *taught], rows[number])
         grad = true[0] * scale
         alive = alive & losses.isfinite() & start[number].isfinite()
-        update, new_state = call(policy, weights, state, grad, alive, number)
+        update, new_state, alive = call(at_step(policy, weights, number), state, grad, alive)
         new_params = torch.where(alive[:, None], params - update, params)
         meta = torch.where(alive, meta + ((losses + EPSILON).log() - start[number]) / count, meta)
         pull = None
         if teachers:
             for index, teacher in enumerate(teachers):
-                moved, taught_states[index] = teacher.step(taught_states[index], true[index + 1])
-                taught[index] = taught[index] - moved
+                own = taught_states[index]
+                moved, taught_states[index], fine = call(teacher.step, own, true[index + 1], everywhere)
+                taught[index] = torch.where(fine[:, None], taught[index] - moved, taught[index])
             distance, pull, closest = imitate(new_params, [one / scale for one in taught], reduce)
             imitation = torch.where(alive, imitation + distance / count, imitation)
             nearest += torch.nn.functional.one_hot(closest, len(teachers)) / count
         if keep:
             steps.append(Step(params, state if number % apart(count) == 0 else None, grad, losses, alive, pull))
         params, state = new_params, new_state
-    return Unrolled(meta, imitation, nearest, Path(params, state, tuple(taught), tuple(taught_states)), steps)
+    return Unrolled(meta, imitation, nearest, Path(params, state, tuple(taught), tuple(taught_states)), alive, steps)
 
 
 def imitate(params: Tensor, taught: Sequence[Tensor], reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,14 +192,20 @@ def apart(count: int) -> int:
     return math.isqrt(count - 1) + 1
 
 
+def at_step(policy: Policy, weights: Weights, number: int) -> Callable[[State, Tensor], tuple[Tensor, State]]:
+    """The policy as one step of a rule."""
+    return lambda state, grad: policy(weights, state, grad, number)
+
+
 def call(
-    policy: Policy, weights: Weights, state: State, grad: Tensor, alive: Tensor, number: int
-) -> tuple[Tensor, State]:
-    """The policy's update and next state; where a replicate has stopped, the state as it was."""
-    update, new = policy(weights, state, grad, number)
+    step: Callable[[State, Tensor], tuple[Tensor, State]], state: State, grad: Tensor, alive: Tensor
+) -> tuple[Tensor, State, Tensor]:
+    """Update, next state, and which replicates (R,) go on: those alive with a finite update; others keep the state."""
+    update, new = step(state, grad)
+    alive = alive & update.isfinite().all(1)
     if not bool(alive.all()):
         new = {name: torch.where(by_replicate(alive, value), value, state[name]) for name, value in new.items()}
-    return update, new
+    return update, new, alive
 
 
 def by_replicate(alive: Tensor, value: Tensor) -> Tensor:

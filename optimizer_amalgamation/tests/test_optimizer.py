@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.runs import generator
 from common.tests import children
 from optimizer_amalgamation import (
     LARGE_CHOICE,
@@ -24,6 +26,7 @@ from optimizer_amalgamation import (
     ChoiceRule,
     Context,
     LearnedGD,
+    OriginalRule,
     Pool,
     PoolAdam,
     PoolMomentum,
@@ -32,6 +35,7 @@ from optimizer_amalgamation import (
     PowerSign,
     ScaleOptimizer,
     Teacher,
+    blocks,
 )
 from optimizer_amalgamation.rule_optimizer import RuleOptimizer
 from optimizer_amalgamation.tests import two_ranks
@@ -299,7 +303,7 @@ def test_a_gradient_that_is_not_finite_leaves_its_tensor_alone(
         assert params[number].isfinite().all() and not torch.equal(params[number], starts[number])
         assert all(tensor.isfinite().all() for tensor in optimizer.state[params[number]].values())
     assert optimizer.skipped == 2
-    assert [str(w.message).split(":")[1].strip()[:27] for w in caught] == ["a gradient was not finite, "]
+    assert [str(w.message).split(":")[1].strip()[:27] for w in caught] == ["a gradient or update was no"]
 
 
 @pytest.mark.parametrize(("impl", "name"), BOTH)
@@ -311,6 +315,39 @@ def test_every_skipped_tensor_counts(impl: str, name: str) -> None:
     with pytest.warns(UserWarning, match="was not finite"):
         optimizer.step()
     assert optimizer.skipped == 2 and copy.deepcopy(optimizer).skipped == 2
+
+
+class Exploding(OriginalRule):
+    """Its third update is infinite for the second tensor."""
+
+    def step(self, weights: Any, state: Any, grad: torch.Tensor, context: Any = None) -> Any:
+        update, new = super().step(weights, state, grad, context)
+        return torch.where(grad == 7, math.inf, update), new
+
+
+@pytest.mark.parametrize("impl", ["flat", "blocks"])
+def test_an_update_that_is_no_number_is_left_out_and_counted(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "OriginalRule", ())  # any rule
+    params = parameters()
+    optimizer = RuleOptimizer(params, Exploding(1.0), OriginalRule().init(generator(0)), warmup=0, impl=impl)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    params[1].grad[2] = 7  # type: ignore[index]
+    starts = [p.detach().clone() for p in params]
+    with pytest.warns(UserWarning, match="gradient or update was not finite"):
+        optimizer.step()
+    assert optimizer.skipped == 1 and torch.equal(params[1], starts[1])
+    assert not torch.equal(params[0], starts[0]) and not torch.equal(params[2], starts[2])
+
+
+def test_contexts_of_changing_sets_of_parameters_do_not_pile_up() -> None:
+    params = [nn.Parameter(torch.zeros(1 + number % 3)) for number in range(9)]
+    optimizer = LEARNT["original"](params, impl="flat")
+    for step in range(100):
+        for number, p in enumerate(params):
+            p.grad = torch.ones_like(p) if step >> number & 1 else None
+        optimizer.step()
+    assert len(optimizer._contexts) <= 64
 
 
 def test_large_gradients_that_can_be_squared_are_taken() -> None:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from optimizer_amalgamation.pool import LARGE_CHOICE, LARGE_TEACHERS, NEEDS, SMALL_CHOICE, SMALL_TEACHERS, Pool, Teacher
-from optimizer_amalgamation.pool import scaled as with_rates
 from optimizer_amalgamation.tests.vectors import reference
 
 RATES = {"adam": 0.005, "rmsprop": 0.005, "sgd": 0.2, "momentum": 0.5, "powersign": 0.1, "addsign": 0.1}
@@ -89,13 +88,6 @@ def test_the_rates_and_the_order_are_the_released_ones() -> None:
         ("rmsprop", 0.005, 1e-7),
         ("adam", 0.02, 1e-10),
     ]
-
-
-def test_rates_can_be_changed_by_name() -> None:
-    pool = with_rates(SMALL_TEACHERS, adam=0.01)
-    assert [t.lr for t in pool.teachers] == [0.005, 0.01]
-    with pytest.raises(ValueError, match="pool must hold 'sgd'"):
-        with_rates(SMALL_TEACHERS, sgd=0.1)
 
 
 @pytest.mark.parametrize(

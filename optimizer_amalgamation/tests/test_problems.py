@@ -209,6 +209,41 @@ def test_other_networks_have_the_papers_form() -> None:
     assert NASCell()(torch.rand(2, 1, 14, 14)).shape == (2, 10)
 
 
+class Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(36), nn.Linear(36, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.norm(x.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (
+            nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(72, 3)),
+            (1, 6, 6),
+        ),
+        (nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), (4,)),
+        (nn.Sequential(nn.Flatten(), nn.Linear(36, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False)), (1, 6, 6)),
+        (nn.Sequential(nn.Flatten(2), nn.Linear(36, 3), nn.Flatten()), (1, 6, 6)),
+        (Doubled(), (1, 6, 6)),
+    ],
+)
+def test_any_module_is_an_optimizee(module: nn.Module, shape: tuple[int, ...]) -> None:
+    inputs, labels = torch.randn(4, *shape, generator=generator(0)), torch.tensor([0, 1, 2, 0])
+    problem = network_problem("own", module, inputs, labels, batch_size=4)
+    params = torch.stack([problem.init(generator(1, copy)) for copy in range(2)])
+    losses, grads = gradients(problem, params, problem.batch(torch.arange(4).repeat(2, 1)))
+    for row, loss, grad in zip(params, losses, grads, strict=True):
+        nn.utils.vector_to_parameters(row, module.parameters())
+        wanted = F.cross_entropy(module(inputs), labels)
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+        own = torch.autograd.grad(wanted, list(module.parameters()))
+        assert torch.allclose(grad, nn.utils.parameters_to_vector(own), atol=1e-6) and bool(own[0].any())
+
+
 def test_problems_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"problem.name must be one of train, .*got 'lenet'"):
         image_problem("lenet", splits(28))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common.claims import judge
@@ -216,18 +217,35 @@ def test_memory_is_judged_by_its_largest_growth() -> None:
 def test_the_spread_under_noise_is_a_log_ratio() -> None:
     levels = [0.0, 0.4, 0.1, 0.9, 0.3, 0.5]
     found = [
-        race("noise", [[factor * level] for level in levels], kind="relative", magnitude=size)
+        race("noise", [[factor * level, factor * level] for level in levels], kind="relative", magnitude=size)
         for size, factor in ((0.0, 1.0), (1e-3, 0.5))
     ]
     values = log_spread("relative", 1e-3)(found)
     assert values == pytest.approx([-0.6931] * 6, abs=1e-4) and judged("B5d", found)[0] == "held"
+    assert log_spread("cgd", 1e-3)([found[0], race("noise", [[1.0], [0.5], [0.0]], kind="cgd", magnitude=1e-3)])
+    noisy = race("noise", [[level, level + 9] for level in levels], kind="relative", magnitude=1e-3)
+    assert log_spread("relative", 1e-3)([found[0], noisy]) == []  # nothing is left beside the evaluations' spread
+
+
+def test_evaluations_of_equal_spread_are_refuted_as_often_as_said() -> None:
+    rng, refuted = np.random.default_rng(0), 0
+    for _ in range(300):
+        rows = [race(by, rng.normal(size=(20, 2)).tolist()) for by in ("minmax", "mean", "choice-large-student")]
+        refuted += judged("B8", rows)[1][0] < 0.05
+    assert refuted < 0.08 * 300  # residuals from means, of which each pair is one number, refute a tenth and more
+    wide = [race(by, (size * rng.normal(size=(20, 2))).tolist()) for by, size in (("minmax", 1), ("mean", 5))]
+    assert judged("B8", wide)[1][0] < 0.001
+    few = [race(by, (size * rng.normal(size=(3, 2))).tolist()) for by, size in (("minmax", 1), ("mean", 5))]
+    assert judged("B8", few) == ("inconclusive", [])
 
 
 def test_steadiness_is_over_the_pools_median() -> None:
     pool = [race(name, [[value]], arm="pool") for name, value in (("a", 0.1), ("b", 0.2), ("c", 0.9))]
     pool.append(race("a after SGD", [[0.0]], arm="pool", warmup=100))
     pool.append(race("b after SGD", [[0.0]], arm="pool", warmup=100))
-    assert judged("B4", [*pool, race("choice-large-student", [[0.1, 0.1]])])[1] == pytest.approx([-0.5])
+    pool.append(race("true_adam", [[0.0]], arm="pool"))  # is none of its members
+    ours = [race("choice-large-student", [[0.1, 0.1]]), race("choice-large-student", [[0.1, 0.1]], "tiny14:dp")]
+    assert judged("B4", [*pool, *ours])[1] == pytest.approx([-0.5])
 
 
 # Memory

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from optimizer_amalgamation import eval as evaluation
 from optimizer_amalgamation import export as exporting
 from optimizer_amalgamation import train as training
 from optimizer_amalgamation.settings import AmalgamationStudy, Config, EvaluationConfig, MetaConfig, MethodConfig
-from optimizer_amalgamation.train import read_policy, run_name, train
+from optimizer_amalgamation.train import raced_problem, read_policy, run_name, share, train
 from optimizer_amalgamation.weights import load_weights, provenance
 
 SCRIPT = Path(training.__file__)
@@ -82,12 +84,27 @@ def test_a_policy_teaches_a_student(policy: Path, tmp_path: Path) -> None:
 
 
 def test_a_policy_is_read_from_its_run_or_its_weights(policy: Path, tmp_path: Path) -> None:
-    rule, weights = read_policy(MethodConfig(policy=str(policy)))
-    assert len(rule.pool) == 2 and weights["choice_bias"].shape == (2, 2)
+    rule, weights, numbers = read_policy(MethodConfig(policy=str(policy)))
+    assert len(rule.pool) == 2 and weights["choice_bias"].shape == (2, 2) and numbers == [0, 1]
     with pytest.raises(ConfigError, match=r"method.policy_replicate must be below 2, got 2"):
         read_policy(MethodConfig(policy=str(policy), policy_replicate=2))
     with pytest.raises(ConfigError, match=r"method.policy must be a run of a choice policy or its weights"):
         read_policy(MethodConfig(policy=str(tmp_path / "none.pt")))
+
+
+def test_a_student_has_the_policy_of_its_own_number(policy: Path, tmp_path: Path) -> None:
+    options = ["--method.teachers", "[]", "--method.policy", policy, "--method.policy_replicate"]
+    second = train(config(*options, 1, "--meta.replicates", "[1]"), tmp_path / "second", quiet)
+    own = train(config(*options, -1, "--meta.replicates", "[1]"), tmp_path / "own", quiet)
+    assert own["validations"] == second["validations"]
+    with pytest.raises(ConfigError, match=r"meta.replicates must be of the policy's replicates \[0, 1\], got \[2\]"):
+        train(config(*options, -1, "--meta.replicates", "[2]"), tmp_path / "none", quiet)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_teacher_that_diverges_does_not_end_the_run(tmp_path: Path) -> None:
+    done = train(config("--method.teachers", "[adam:0.01, sgd:1.0e+20]"), tmp_path / "run", quiet)
+    assert min(done["meta_steps"]) >= 6 and all(map(math.isfinite, done["validations"]))
 
 
 def test_a_students_run_is_no_policy(finished: Path) -> None:
@@ -115,13 +132,29 @@ def test_a_run_killed_again_and_again_equals_an_undisturbed_one_bit_for_bit(tmp_
 def test_processes_share_the_replicates(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    done = train(config(), tmp_path / "run", quiet)
+    done = train(*share(config(), tmp_path / "run"), quiet)
     whole = read_json(finished / "done.json")
     assert done["replicates"] == [1] and done["validations"] == pytest.approx(whole["validations"][1:], abs=1e-4)
     assert (tmp_path / "run" / "share-1-of-2" / "weights.pt").exists()
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"meta.replicates must be one or more for each of the 3 processes"):
-        train(config(), tmp_path / "other", quiet)
+        share(config(), tmp_path / "other")
+
+
+def test_optimizers_are_raced_on_other_data_than_they_were_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(data: Any) -> Any:
+        asked.append(data.name)
+        return loading(dataclasses.replace(data, name="mnist5k"))
+
+    loading = training.load
+    monkeypatch.setattr(training, "load", load)
+    problem = raced_problem(config(), "small14@fashion_mnist:16")
+    assert asked == ["fashion_mnist"] and (problem.name, problem.batch_size) == ("small14", 16)
+    for wrong in ("small14@", "small14@npz", "small15@mnist", "small14@mnist:0"):
+        with pytest.raises(ConfigError, match=r"evaluation.problems must be one of train, .*, got"):
+            EvaluationConfig(problems=[wrong])
 
 
 # Shipping

@@ -297,6 +297,31 @@ def test_an_optimizee_that_overflows_stops_and_harms_no_other() -> None:
     assert torch.equal(found.path.params[1], case.path.params[1]) and float(found.meta[1]) == 0
 
 
+def test_an_update_that_is_no_number_stops_its_optimizee_and_no_teacher() -> None:
+    case = Case(StudentRule(), TEACHERS, replicates=2)
+    plain, grads = case.efficient(weight=0.1)
+    policy = case.policy
+
+    def wrong(weights: Any, state: Any, grad: Tensor, number: int) -> Any:
+        update, new = policy(weights, state, grad, number)
+        return (update.index_fill(0, torch.tensor([1]), math.nan) if number == 2 else update), new
+
+    case.policy = wrong
+    found, own = case.efficient(weight=0.1)
+    assert found.alive.tolist() == [True, False] and bool(found.meta.isfinite().all())
+    assert found.path.params.isfinite().all() and torch.equal(found.path.params[0], plain.path.params[0])
+    assert all(torch.equal(own[name][0], value[0]) and own[name].isfinite().all() for name, value in grads.items())
+    assert all(torch.equal(a, b) for a, b in zip(found.path.taught, plain.path.taught, strict=True))
+
+
+def test_a_teachers_update_that_is_no_number_is_left_out() -> None:
+    case = Case(StudentRule(), (Teacher("sgd", 1e200), *TEACHERS), replicates=2)
+    found, _ = case.efficient("mean")
+    assert all(one.isfinite().all() for one in found.path.taught)
+    assert all(value.isfinite().all() for state in found.path.teacher_states for value in state.values())
+    assert found.meta.isfinite().all() and bool(found.alive.all())
+
+
 def test_what_is_kept_does_not_grow_with_the_teachers() -> None:
     pool = Pool([Teacher(name, 0.01) for name in ("sgd", "momentum", "rmsprop", "adam", "powersign", "addsign")])
     floats = []
