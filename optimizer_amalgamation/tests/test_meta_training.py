@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from common.runs import generator
-from optimizer_amalgamation import SMALL_CHOICE, ChoiceRule, Context, StudentRule, Teacher
+from optimizer_amalgamation import SMALL_CHOICE, ChoiceRule, Context, StudentRule, Teacher, meta_training
 from optimizer_amalgamation.meta_training import MetaTraining
 from optimizer_amalgamation.noisy_policy import make_policy
 from optimizer_amalgamation.replicate import Replicate
 from optimizer_amalgamation.schedules import ScheduleConfig
 from optimizer_amalgamation.settings import MetaConfig, PerturbationConfig
 from optimizer_amalgamation.tests.plain import doubled, tiny
+from optimizer_amalgamation.unroll import unroll
 
 TEACHERS = [Teacher("adam", 0.01), Teacher("rmsprop", 0.005)]
 SHORT = ScheduleConfig(
@@ -149,6 +150,30 @@ def test_noise_of_magnitude_zero_changes_nothing_and_other_noise_does(kind: str)
 def test_adversarial_noise_climbs_as_often_as_asked() -> None:
     once, twice = (noisy(kind="fgsm", magnitude=0.02, steps=steps) for steps in (1, 2))
     assert (once - twice).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(("kind", "magnitude"), [("fgsm", 1e-4), ("pgd", 0.02), ("cgd", 0.02)])
+def test_adversarial_noise_raises_the_loss_and_begins_at_the_weights_in_every_meta_step(
+    kind: Any, magnitude: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def spy(problem: Any, policy: Any, at: Any, *rest: Any, **options: Any) -> Any:
+        unrolled = unroll(problem, policy, at, *rest, **options)
+        loss = unrolled.meta + 0.5 * unrolled.imitation  # the first stage's weight of imitation
+        found.append((float(loss), torch.cat([value[0].flatten() for value in at.values()])))
+        return unrolled
+
+    one = training([0], perturbation=PerturbationConfig(kind, magnitude, steps=3, lr=0.01))
+    monkeypatch.setattr(meta_training, "unroll", spy)
+    for _ in range(2):
+        before = weights_of(one)
+        found.clear()
+        one.episode()
+        losses, places = zip(*found, strict=True)
+        assert len(losses) == 4 and torch.equal(places[0], before)
+        assert list(losses) == sorted(losses) and losses[0] < losses[3]
+        assert not torch.equal(weights_of(one), before)
 
 
 def test_validations_are_not_perturbed_unless_asked() -> None:

@@ -20,6 +20,7 @@ from optimizer_amalgamation import (
     StudentRule,
     Teacher,
 )
+from optimizer_amalgamation.clip import clip_adaptive
 from optimizer_amalgamation.episode import Trained, begin, draw_scale
 from optimizer_amalgamation.meta_gradient import meta_gradient
 from optimizer_amalgamation.problems import Problem, quadratic
@@ -108,6 +109,9 @@ def test_two_unrolls_are_the_released_ones(name: str, reduce: Any) -> None:
             assert close(value[0], raw[f"{key}_grad_{tensor}"], 1e-5), tensor
         path = found.path
         if key == "max_seg0":
+            own = {tensor: value[0] for tensor, value in case["weights"].items()}
+            clipped = clip_adaptive({tensor: value[0] for tensor, value in grads.items()}, own)
+            assert all(close(value, raw[f"{key}_clipped_{tensor}"], 1e-5) for tensor, value in clipped.items())
             assert (path.params - flat(raw, f"{key}_student_param")).abs().max() < 1e-6
             for taught, one in zip(path.taught, ("adam", "rmsprop"), strict=True):
                 assert (taught / case["scale"] - flat(raw, f"{key}_{one}_param")).abs().max() < 1e-6
