@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 from tqdm import tqdm
 
 from common import distributed
@@ -193,7 +194,7 @@ def _set_rng_state(state: Mapping[str, Any]) -> None:
     name, keys, *rest = state["numpy"]
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])
 
@@ -300,13 +301,12 @@ class Run:
         """Write `checkpoint.pt` atomically; `step` is the number of finished steps.
 
         Raises:
-            NonFiniteError: NaN or Inf in snapshot["model"], a state dict; the last checkpoint stays.
+            NonFiniteError: NaN or Inf in a tensor of the snapshot; the last checkpoint stays.
         """
-        for name, value in snapshot.get("model", {}).items():
-            if not bool(torch.as_tensor(value).isfinite().all()):
-                raise NonFiniteError(
-                    f"{name} is not finite at step {step}; the last good checkpoint is in {self.folder}"
-                )
+        for name, value in _tensors(snapshot):
+            if not bool(value.isfinite().all()):
+                kept = f"the last good checkpoint is in {self.folder}"
+                raise NonFiniteError(f"{name} is not finite at step {step}; {kept}")
         if self.writes:
             self._flush()
             size = self._metrics.seek(0, os.SEEK_END)
@@ -364,6 +364,18 @@ class Run:
                     raise ConfigError(f"{self.folder}: {wanted}; choose another run.folder or remove that one")
         elif any(there.name != "environment.json" for there in self.folder.glob("[!.]*")):
             raise ConfigError(f"{self.folder}: not empty and not a run folder (it has no config.yaml)")
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The floating-point tensors in plain data, with their names."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _tensors(part, f"{name}.{key}".removeprefix("."))
+    elif isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            yield from _tensors(part, f"{name}.{number}".removeprefix("."))
+    elif isinstance(value, Tensor) and value.is_floating_point():
+        yield name, value
 
 
 def _differences(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -529,7 +529,7 @@ def test_a_number_that_is_not_finite_ends_the_run_at_its_step_and_keeps_the_chec
 def test_weights_that_are_not_finite_do_not_replace_the_last_checkpoint(value: float, tmp_path: Path) -> None:
     weights = {"w": torch.ones(3), "count": torch.tensor(1)}
     with (
-        pytest.raises(NonFiniteError, match="w is not finite at step 6; the last good"),
+        pytest.raises(NonFiniteError, match=r"model\.w is not finite at step 6; the last good"),
         open_run(tmp_path / "run", checkpoint_every=3) as run,
     ):
         for step in run.steps(0, 10, lambda: {"model": weights}):
