@@ -4,6 +4,7 @@ A batch depends only on (data, seed, epoch, batch index): resuming needs no load
 data-parallel run take slices of the same global batch.
 """
 
+import contextlib
 import fcntl
 import itertools
 import random
@@ -319,9 +320,11 @@ def _read_torchvision(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     svhn = config.name == "svhn"
     sides: list[dict[str, Any]] = [{"split": s} if svhn else {"train": s == "train"} for s in ("train", "test")]
     try:
-        Path(config.root).mkdir(parents=True, exist_ok=True)
-        with open(Path(config.root) / f".{config.name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait and find it
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # where nothing may be written nothing is downloaded either
+                Path(config.root).mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(Path(config.root) / f".{config.name}.lock", "a"))
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait and find it
             loaded = [kind(config.root, download=True, **side) for side in sides]
     except Exception as error:  # of the network, of each file format, or torchvision's bare assertions
         raise DataError(

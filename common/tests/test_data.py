@@ -625,8 +625,10 @@ NAMES = {
     ],
 )
 def test_a_failed_download_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, reason: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+
     def failing(*_: object, **__: object) -> None:
         raise error
 
@@ -672,8 +674,9 @@ def fake_svhn(root: str, *, split: str, download: bool) -> SimpleNamespace:
     ],
 )
 def test_each_layout_of_torchvision_becomes_the_same_tensors(
-    monkeypatch: pytest.MonkeyPatch, name: str, fake: Callable[..., SimpleNamespace], channels: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, fake: Callable[..., SimpleNamespace], channels: int
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torchvision.datasets, NAMES[name], fake)
     train, _, test = load(DataConfig(name=name, root="here", val=0.0))  # type: ignore[arg-type]
     for split, side in ((train, "train"), (test, "test")):
