@@ -1,6 +1,5 @@
 """What the regularizers cost: time of a step, and of inference after training, against the plain network."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.bench import interleaved, ratio
+from diverse_vit.regularizer import DiverseRegularizer
 from diverse_vit.settings import Config, ObjectiveConfig
 from diverse_vit.train import mixer, regularized
 
@@ -17,6 +17,8 @@ def cost_ratios(
 ) -> Mapping[str, float]:
     """`step_ratio`: a training step with the objective over one of the plain network; `inference_ratio` likewise.
 
+    Inference is that of the very networks that made the steps, once their hooks are removed.
+
     Args:
         config: of the run that `trained` comes from.
         trained: its network, without hooks.
@@ -25,19 +27,23 @@ def cost_ratios(
         labels: of the images.
     """
     mixed = mixer(config, 0)(images, labels) if config.train.mixup or config.train.cutmix else labels
+    regularizers = {
+        "plain": regularized(plain, replace(config, objective=ObjectiveConfig())),
+        "ours": regularized(trained, config),
+    }
 
-    def step(model: nn.Module, objective: ObjectiveConfig) -> Callable[[], object]:
-        model = copy.deepcopy(model).train()
-        regularizer = regularized(model, replace(config, objective=objective))
+    def step(regularizer: DiverseRegularizer) -> Callable[[], object]:
+        regularizer.model.train()
 
         def work() -> None:
-            model.zero_grad()
+            regularizer.model.zero_grad()
             regularizer(images, mixed).loss.backward()
 
         return work
 
-    def inference(model: nn.Module) -> Callable[[], object]:
-        model.eval()
+    def inference(regularizer: DiverseRegularizer) -> Callable[[], object]:
+        regularizer.detach()
+        model = regularizer.model.eval()
 
         def work() -> None:
             with torch.no_grad():
@@ -45,8 +51,8 @@ def cost_ratios(
 
         return work
 
-    steps = interleaved({"plain": step(plain, ObjectiveConfig()), "ours": step(trained, config.objective)}, repeats)
-    inferences = interleaved({"plain": inference(plain), "ours": inference(trained)}, repeats)
+    steps = interleaved({name: step(regularizer) for name, regularizer in regularizers.items()}, repeats)
+    inferences = interleaved({name: inference(regularizer) for name, regularizer in regularizers.items()}, repeats)
     return {
         name: ratio(times, "ours", "plain") for name, times in (("step_ratio", steps), ("inference_ratio", inferences))
     }

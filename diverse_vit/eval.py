@@ -32,7 +32,7 @@ def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
     metrics["test_accuracy"] = accuracy(model, splits.test, config.model.normalize, config.eval.batch_size)
     progress(0.5)
     done = read_json(folder / "done.json")
-    metrics |= {key: done[key] for key in ("parameters", "skipped", "hooks_left")}
+    metrics |= {key: done[key] for key in ("parameters", "skipped", "hooks_left", "keys_changed")}
     metrics |= redundancy(model, splits.test, config)
     return metrics
 

@@ -119,7 +119,7 @@ def spectrum(model: nn.Module) -> list[float]:
     return shares.mean(0).tolist()
 
 
-def gaussian_rre(shape: tuple[int, int], draws: int = 20) -> float:
+def gaussian_rre(shape: tuple[int, int], draws: int = 100) -> float:
     """Mean `rre_25` of Gaussian matrices of that shape: what weights without any structure have."""
     generator = torch.Generator().manual_seed(0)
     matrices = torch.randn(draws, *shape, generator=generator, dtype=torch.float64)

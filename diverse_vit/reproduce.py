@@ -17,7 +17,7 @@ from common.data import in_order, load, pixels
 from common.runs import seed_everything
 from common.study import Cell, Progress, run_study, study_config
 from common.vit import build_vit
-from diverse_vit.claims import CLAIMS
+from diverse_vit.claims import CLAIMS, judge_at
 from diverse_vit.cost import cost_ratios
 from diverse_vit.eval import evaluate, trained_network
 from diverse_vit.figures import draw
@@ -61,7 +61,8 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
     one = replace(config, study=DiverseStudy())
     folder = Path(study.runs) / "diverse_vit" / study.scale
     result = run_study(cells, partial(run_cell, one), folder, dump(one), study)
-    return report("diverse_vit", result, CLAIMS, draw, Path(study.results or HERE / "results"))
+    place, judging = Path(study.results or HERE / "results"), partial(judge_at, study.scale)
+    return report("diverse_vit", result, CLAIMS, draw, place, judging)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_bias = torch.zeros(classes, dtype=total.dtype, device=tokens.device) if needs and bias is not None else None
         for start in range(0, tokens.shape[1], chunk):
             part, share = tokens[:, start : start + chunk], weight[start : start + chunk].to(total)
-            z = full(nn.functional.linear(part, matrix, bias))
+            logits = nn.functional.linear(part, matrix, bias)
+            z = full(logits)
             total = total + soft_cross_entropy(z, y1, y2, share, smoothing) * (z.shape[0] * z.shape[1] / count)
             if d_tokens is None or d_matrix is None:
                 continue
@@ -107,12 +108,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for y, own in ((y1, share), (y2, 1 - share)):
                 index = y[:, None, None].expand(-1, step.shape[1], 1)
                 step.scatter_add_(2, index, ((smoothing - 1) * own)[None, :, None].expand_as(index))
-            step /= count
-            d_tokens[:, start : start + chunk] = step.to(matrix.dtype) @ matrix
-            d_matrix += step.flatten(0, 1).to(part.dtype).mT @ part.flatten(0, 1)
+            low = logits.dtype
+            wide = torch.float32 if low == torch.float16 else low  # a sum over all tokens overflows float16
+            with torch.autocast(tokens.device.type, enabled=False):
+                d_tokens[:, start : start + chunk] = step.to(low) @ matrix.to(low)
+                d_matrix += step.flatten(0, 1).to(wide).mT @ part.flatten(0, 1).to(wide)
             if d_bias is not None:
                 d_bias += step.sum((0, 1))
         ctx.save_for_backward(d_tokens, d_matrix, d_bias)
+        ctx.count = count
         ctx.dtypes = matrix.dtype, None if bias is None else bias.dtype
         return total
 
@@ -121,6 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         d_tokens, d_matrix, d_bias = ctx.saved_tensors
         kind, bias_kind = ctx.dtypes
+        gradient = gradient / ctx.count  # not before: a token's share alone is too small for float16
         own_bias = None if d_bias is None else (gradient * d_bias).to(bias_kind)
         return (gradient * d_tokens).to(d_tokens.dtype), (gradient * d_matrix).to(kind), own_bias, *[None] * 5
 

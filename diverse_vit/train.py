@@ -18,8 +18,8 @@ from torch import nn
 
 from common import distributed
 from common.augment import erase, roll
-from common.config import ConfigError, command
-from common.data import Splits, batches, load, pixels, steps_per_epoch
+from common.config import ConfigError, command, require
+from common.data import ImageSet, Splits, batches, load, pixels, steps_per_epoch
 from common.experiment import accuracy, train_command
 from common.runs import NonFiniteError, Run, generator, read_json, save_checkpoint, seed_everything
 from common.vit import build_vit, follow
@@ -44,13 +44,15 @@ def train(config: Config, folder: Path, progress: Callable[[float], None] | None
         total = config.train.epochs * per_epoch
         seed_everything(config.seed)
         model = build_vit(config.model, splits.train).to(device)
+        keys = set(model.state_dict())
         average = copy.deepcopy(model).requires_grad_(False) if config.train.ema else None
         regularizer = regularized(model, config)
+        check_mixing(config, model, splits.train)
         run = Run(folder, config, total_steps=total, checkpoint_every=config.run.checkpoint_every, progress=progress)
         if run.finished:
             return read_json(folder / "done.json")
         with run:
-            return _fit(config, run, splits, model, average, regularizer, per_epoch)
+            return _fit(config, run, splits, model, average, regularizer, per_epoch, keys)
 
 
 def _fit(
@@ -61,6 +63,7 @@ def _fit(
     average: nn.Module | None,
     regularizer: DiverseRegularizer,
     per_epoch: int,
+    keys: set[str],
 ) -> dict[str, Any]:
     options, device = config.train, next(model.parameters()).device
     undecayed = list(getattr(model, "no_weight_decay", set)())
@@ -124,6 +127,7 @@ def _fit(
     regularizer.detach()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     metrics: dict[str, Any] = {"parameters": parameters, "skipped": skipped, "hooks_left": hook_count(model)}
+    metrics["keys_changed"] = len(keys ^ set(model.state_dict()))
     if len(splits.val):
         metrics["val_accuracy"] = accuracy(model, splits.val, config.model.normalize)
     if run.writes:
@@ -146,6 +150,18 @@ def regularized(model: nn.Module, config: Config) -> DiverseRegularizer:
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"objective does not fit model.name {config.model.name}: {error}") from error
+
+
+def check_mixing(config: Config, model: nn.Module, data: ImageSet) -> None:
+    """Raise `ConfigError` where images are to be mixed, but patches or the part of the batch of a rank do not fit."""
+    if not (config.train.mixup or config.train.cutmix):
+        return
+    patch, (_, size) = config.model.patch, config.model.image_shape(data)
+    own = model.feature_info[-1]["reduction"]  # type: ignore[index,union-attr]
+    require(patch == own, "model.patch", patch, f"{own}, that of model.name {config.model.name}, with mixup or cutmix")
+    require(size % patch == 0, "model.patch", patch, f"a divisor of the images' side {size} with mixup or cutmix")
+    ranks, batch = distributed.world_size(), config.train.batch_size
+    require(batch % (2 * ranks) == 0, "train.batch_size", batch, f"even on each of {ranks} ranks with mixup or cutmix")
 
 
 def mixer(config: Config, step: int) -> PatchMixup:

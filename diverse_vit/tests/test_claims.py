@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.claims import judge
-from diverse_vit.claims import CLAIMS
+from diverse_vit.claims import CLAIMS, judge_at
 from diverse_vit.figures import draw
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
@@ -26,6 +26,7 @@ def network(accuracy: float, last: float, head: float, rre: float, **more: Any) 
         "gaussian_rre_25": 0.6,
         "parameters": 100,
         "hooks_left": 0,
+        "keys_changed": 0,
         "inference_ratio": 1.01,
         **more,
     }
@@ -76,8 +77,8 @@ def test_the_table_above_has_every_claim_and_each_carries_the_papers_setting() -
     assert all("unverified" in claim.paper for claim in CLAIMS if claim.id.startswith("D4"))
 
 
-def test_one_hook_or_one_parameter_too_many_is_seen() -> None:
-    for change in ({"hooks_left": 1}, {"parameters": 101}):
+def test_one_hook_key_or_parameter_too_many_is_seen() -> None:
+    for change in ({"hooks_left": 1}, {"keys_changed": 1}, {"parameters": 101}):
         found = rows()
         next(row for row in found if row["cell"]["arm"] == "all")["metrics"].update(change)
         (judged,) = judge([BY_ID["D5a"]], found)
@@ -89,6 +90,19 @@ def test_one_seed_that_does_not_grow_with_depth_is_seen() -> None:
     found[0]["metrics"]["embedding_cosine"] = [0.5, 0.2, 0.1]
     (judged,) = judge([BY_ID["D2a"]], found)
     assert judged["values"] == [-1, 1] and judged["verdict"] == "not held"
+
+
+def test_the_demo_reports_what_it_cannot_decide_without_a_verdict() -> None:
+    plain, demo, cifar = judge(CLAIMS, rows()), judge_at("demo", CLAIMS, rows()), judge_at("cifar", CLAIMS, rows())
+    assert cifar == plain
+    changed = [found["id"] for found, other in zip(demo, plain, strict=True) if found != other]
+    assert changed == ["D2c", "D4a", "D4b", "D4c", "D4d"]
+    for found, other in zip(demo, plain, strict=True):
+        if found["id"] in changed:
+            assert found["verdict"] == "inconclusive" and found["rule"].endswith("; not judged at demo scale")
+            assert [found[key] for key in ("estimate", "low", "high")] == [
+                other[k] for k in ("estimate", "low", "high")
+            ]
 
 
 def test_without_rows_every_claim_is_inconclusive_and_nothing_is_drawn() -> None:

@@ -246,6 +246,30 @@ def test_under_autocast_the_loss_is_float32() -> None:
     assert features.grad is not None and features.grad.dtype == torch.float32
 
 
+def test_gradients_under_float16_autocast_and_a_loss_scale_are_those_of_float32() -> None:
+    draws, classes, scale = torch.Generator().manual_seed(0), 1000, 2.0**16
+    features = torch.randn(64, 197, 32, generator=draws).requires_grad_()
+    head = nn.Linear(32, classes)
+    nn.init.normal_(head.weight, std=0.02, generator=draws)
+    y1, y2 = torch.randint(classes, (2, 64), generator=draws)
+    mixed = MixedBatch(features.detach(), y1, y2, 0.3, torch.rand(196, generator=draws))
+    leaves = [features, *head.parameters()]
+    wanted = torch.autograd.grad(fused_token_cross_entropy(features, head, mixed), leaves)
+    with torch.autocast("cpu", torch.float16):
+        loss = fused_token_cross_entropy(features, head, mixed)
+    for half, whole in zip(torch.autograd.grad(scale * loss, leaves), wanted, strict=True):
+        assert (half / scale - whole).norm() < 5e-3 * whole.norm()
+
+
+def test_the_weights_gradient_does_not_overflow_under_float16_autocast() -> None:
+    features, head = torch.full((64, 40, 4), 100.0, requires_grad=True), nn.Linear(4, 3)
+    nn.init.zeros_(head.weight)
+    y = torch.zeros(64, dtype=torch.long)
+    with torch.autocast("cpu", torch.float16):
+        fused_token_cross_entropy(features, head, MixedBatch(features, y, y, 1.0, torch.ones(39))).backward()
+    assert head.weight.grad is not None and head.weight.grad.isfinite().all()
+
+
 def test_uniform_logits_cost_log_k() -> None:
     _, _, mixed = random_batch()
     assert token_cross_entropy(torch.zeros(3, 10, 6), mixed).item() == pytest.approx(math.log(6))

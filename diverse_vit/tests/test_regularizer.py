@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from diverse_vit import library, regularizer
 from diverse_vit.cosines import contrastive, cosine
+from diverse_vit.head_cosine import head_cosine
+from diverse_vit.hyperspherical import mgd, mhs
+from diverse_vit.orthogonality import cno, so
 from diverse_vit.patch_mixup import MixedBatch, PatchMixup
 from diverse_vit.regularizer import DiverseRegularizer
 from diverse_vit.tests import nets, plain
 from diverse_vit.tests.nets import build, gradients, images, labels, unfused_map
 from diverse_vit.tests.vectors import reference
 from diverse_vit.timm_parts import prefix_tokens
+from diverse_vit.token_loss import fused_token_cross_entropy, linear_cross_entropy, token_cross_entropy
 from diverse_vit.train import hook_count
 
 RELEASED = {"emb_cos": 0.5, "emb_nce": 0.5, "attn_cos": 1e-4, "weight_cno": 5e-4}
@@ -37,7 +41,8 @@ def mixed(name: str = "plain", patch: int = 4, count: int = 4) -> MixedBatch:
 # The authors' network
 
 
-def test_every_term_the_loss_and_six_gradients_are_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("patches", ["plain", "fused"])
+def test_every_term_the_loss_and_six_gradients_are_the_authors(patches: str, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = reference("objective_small_vit")
     heads, patch, depth = (int(vectors[name]) for name in ("num_heads", "patch", "depth"))
     model = VisionTransformer(
@@ -48,12 +53,20 @@ def test_every_term_the_loss_and_six_gradients_are_the_authors(monkeypatch: pyte
     monkeypatch.setattr(regularizer, "cno_starts", lambda *_, **__: next(starts))
     # The stored targets are any distributions over the classes, ours have two labels: only they are put in.
     image_target, patch_target = vectors["image_target"][:, None], vectors["patch_target"]
+
+    def fused(z: Tensor, head: nn.Linear, *_: object, **__: object) -> Tensor:
+        """By our loss for two labels: a target t costs sum_k (t_k CE_k + (1 - t_k) CE_0) - 4 CE_0."""
+        zero, losses = torch.tensor([0]), []
+        for tokens, target in zip(z.split(1), patch_target, strict=True):
+            each = [linear_cross_entropy(tokens, head, zero + k, zero, target[:, k], 0.0, chunk=3) for k in range(5)]
+            losses.append(sum(each) - 4 * linear_cross_entropy(tokens, head, zero, zero, target[:, 0], 0.0, chunk=3))
+        return torch.stack(losses).mean()
+
+    by_targets = {"plain": lambda z, head, *_, **__: plain.soft_cross_entropy(head(z), patch_target), "fused": fused}
     monkeypatch.setattr(
         regularizer, "image_cross_entropy", lambda z, *_: plain.soft_cross_entropy(z[:, None], image_target)
     )
-    monkeypatch.setattr(
-        regularizer, "linear_cross_entropy", lambda z, head, *_, **__: plain.soft_cross_entropy(head(z), patch_target)
-    )
+    monkeypatch.setattr(regularizer, "linear_cross_entropy", by_targets[patches])
     output = DiverseRegularizer(model.train())(vectors["x"], torch.zeros(4, dtype=torch.long))
     names = {"ce": "ce_mix", "emb_cos": "cosine", "emb_nce": "contrastive", "attn_cos": "cosine_attn"}
     for ours, theirs in {**names, "weight_cno": "cno_sum"}.items():
@@ -375,18 +388,33 @@ def test_hooks_that_come_after_compilation_are_noticed() -> None:
         DiverseRegularizer(compiled)(images(), mixed())
 
 
-@pytest.mark.parametrize("loss", ["cosine", "cosine_abs", "across_abs", "contrastive"])
-def test_each_loss_compiles_into_one_graph(loss: str) -> None:
+STARTS = torch.rand(2, 4, 5, 1, generator=torch.Generator().manual_seed(0))
+LABELS = MixedBatch(torch.empty(0), torch.tensor([0, 1]), torch.tensor([3, 2]), 0.4, torch.linspace(0, 1, 4))
+HEAD = nn.Linear(4, 4)
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of two tensors (batch, heads, rows, 4)
+    "cosine": lambda a, b: cosine(b),
+    "cosine_abs": lambda a, b: cosine(b, absolute=True, chunk=2),
+    "across_abs": lambda a, b: library.cosine_across(a, b, absolute=True),
+    "contrastive": contrastive,
+    "head_cosine": lambda a, b: head_cosine(a, b, chunk=2),
+    "cno": lambda a, b: cno(b.flatten(0, 1), *STARTS)[0].sum(),
+    "so": lambda a, b: so(b, normalise=False),
+    "mhs": lambda a, b: mhs(b),
+    "mgd": lambda a, b: mgd(b),
+    "token_cross_entropy": lambda a, b: token_cross_entropy(b[:, 0], LABELS),
+    "fused_token_cross_entropy": lambda a, b: fused_token_cross_entropy(b[:, 0], HEAD, LABELS, chunk=2),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_compiles_into_one_graph(name: str) -> None:
     torch._dynamo.reset()
-    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "cosine": lambda a, b: cosine(b),
-        "cosine_abs": lambda a, b: cosine(b, absolute=True, chunk=2),
-        "across_abs": lambda a, b: library.cosine_across(a, b, absolute=True),
-        "contrastive": contrastive,
-    }
-    a, b = torch.randn(2, 2, 5, 4, requires_grad=True)
-    compiled = torch.compile(functions[loss], fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(a, b), functions[loss](a, b))
+    loss = LOSSES[name]
+    a, b = torch.randn(2, 2, 2, 5, 4, generator=torch.Generator().manual_seed(1)).requires_grad_().unbind()
+    compiled, eager = torch.compile(loss, fullgraph=True, backend="aot_eager")(a, b), loss(a, b)
+    torch.testing.assert_close(compiled, eager)
+    gradients = [torch.autograd.grad(value, b)[0] for value in (compiled, eager)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -400,6 +428,20 @@ def test_under_autocast_regularizers_are_float32(dtype: torch.dtype) -> None:
     exact = DiverseRegularizer(model)(images(), mixed()).terms
     for name in ("attn_cos", "weight_cno"):
         assert output.terms[name].item() == pytest.approx(exact[name].item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_large_weights_have_finite_terms_and_the_gradients_of_float32(dtype: torch.dtype) -> None:
+    model = build().train()
+    weights = [nn.init.normal_(block.attn.qkv.weight, std=10) for block in model.blocks]
+    found = regularized(model, **dict.fromkeys(RELEASED, 1.0))
+    exact = torch.autograd.grad(found(images(), labels()).loss, weights)
+    found.step = 0
+    with torch.autocast("cpu", dtype):
+        output = found(images(), labels())
+    assert all(term.dtype == torch.float32 and term.isfinite() for term in output.terms.values())
+    for half, whole in zip(torch.autograd.grad(output.loss, weights), exact, strict=True):
+        assert (half - whole).norm() < 1e-4 * whole.norm()  # of the conditional orthogonality, beyond float16
 
 
 # Training

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +19,12 @@ from common.tests.paper_checks import (
     rows,
     study_options,
 )
+from diverse_vit import cost
 from diverse_vit.claims import CLAIMS
 from diverse_vit.reproduce import HERE, reproduce, run_cell
-from diverse_vit.settings import Config
+from diverse_vit.settings import Config, ObjectiveConfig
+from diverse_vit.tests.nets import build, images, labels
+from diverse_vit.train import hook_count
 
 FASTER = ["--train.epochs", "1", "--data.fraction", "0.02", "--model.depth", "2"]
 ARMS = ["--study.arms", "{plain: {}, all: {mix: true, emb_cos: 0.5, attn_cos: 0.1}}"]
@@ -60,6 +63,24 @@ def test_every_arm_but_plain_is_timed(tmp_path: Path) -> None:
     assert row["metrics"]["step_ratio"] > 0.5 and row["metrics"]["inference_ratio"] > 0.3
     (row,) = run_cell(config, Cell({"arm": "plain"}, 1), tmp_path / "plain", told.append)
     assert "step_ratio" not in row["metrics"]
+
+
+def test_inference_is_timed_on_the_network_that_made_the_steps_once_its_hooks_are_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained, hooks = build(), []
+
+    def note(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+        called: list[int] = []
+        monkeypatch.setattr(trained, "forward", lambda x: called.append(1) or type(trained).forward(trained, x))
+        works["ours"]()
+        hooks.append((len(called), hook_count(trained)))
+        return {"plain": [1.0], "ours": [2.0]}
+
+    monkeypatch.setattr(cost, "interleaved", note)
+    config = Config(objective=ObjectiveConfig(emb_cos=0.5, attn_cos=0.1))
+    found = cost.cost_ratios(config, trained, build(), images(), labels())
+    assert hooks == [(1, 2), (1, 0)] and found == {"step_ratio": 2.0, "inference_ratio": 2.0}
 
 
 def test_every_claim_is_judged_on_every_seed_or_for_want_of_rows_on_none(study: Study) -> None:

@@ -110,6 +110,7 @@ def test_every_weight_is_trained_and_nothing_of_the_regularizers_is_left(finishe
         "parameters": sum(value.numel() for value in after.values()),
         "skipped": 0,
         "hooks_left": 0,
+        "keys_changed": 0,
     }
 
 
@@ -262,6 +263,14 @@ def test_ten_broken_steps_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pyt
         (["--model.dim", "15"], "model.dim must be a multiple of model.heads, got 15"),
         (["--model.patch", "5"], "model.patch must be a divisor of the images' side 28, got 5"),
         (["--model.mean", "[0, 0]", "--model.std", "[1, 1]"], "model.mean must be as many numbers as the images' 1"),
+        (
+            ["--model.name", "deit_tiny_patch16_224", "--model.depth", "1"],
+            "model.patch must be 16, that of model.name deit_tiny_patch16_224, with mixup or cutmix, got 14",
+        ),
+        (
+            ["--model.name", "deit_tiny_patch16_224", "--model.depth", "1", "--model.patch", "16"],
+            "model.patch must be a divisor of the images' side 28 with mixup or cutmix, got 16",
+        ),
         (["--train.batch_size", "5000"], "batch size must be at most the 200 training images, got 5000"),
     ],
 )
@@ -270,6 +279,17 @@ def test_a_wrong_option_ends_in_one_line_before_anything_is_written(
 ) -> None:
     told = refusal(training.main, arguments("--run.folder", tmp_path / "run", *options), capsys)
     assert told.startswith(message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_is_odd_on_each_rank_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(
+        UserError, match=r"train.batch_size must be even on each of 2 ranks with mixup or cutmix, got 6"
+    ):
+        train(config("--train.batch_size", 6), tmp_path / "run", quiet)
     assert not (tmp_path / "run").exists()
 
 
