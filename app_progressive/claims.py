@@ -185,7 +185,8 @@ def claims(config: Config) -> list[Claim]:
         ),
         Claim(
             id="R2a",
-            statement="That collapse makes the smaller gap: exact minus released APP, later half of the states",
+            statement="That collapse makes the smaller gap: exact minus released APP, later half of the states "
+            "(training accuracy as it runs minus test accuracy)",
             source="no claim of the paper",
             paper="no such experiment",
             measure=paired("L", "app", "released", late("test_gap_last")),
@@ -198,5 +199,12 @@ def claims(config: Config) -> list[Claim]:
             measure=paired("L", "released", "random", late("test_gap_last")),
             threshold=2.0,
             direction="equivalent",
+        ),
+        Claim(
+            id="R2c",
+            statement="R2a for the final clean gap: training minus test accuracy in eval mode, of the last weights",
+            source="no claim of the paper",
+            paper="no such experiment",
+            measure=paired("L", "app", "released", clean_gap),
         ),
     ]

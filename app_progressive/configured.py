@@ -1,14 +1,16 @@
 """What a run is made of, from its configuration: the network, the stream of megabatches, the pruner."""
 
+import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from app_progressive.models import Normalized, build_model
 from app_progressive.pruner import AnytimePruner, OneShotPruner
 from app_progressive.settings import Config
 from app_progressive.stream import MegabatchStream
+from common import distributed
 from common.config import ConfigError
 from common.data import ImageSet
 from common.runs import generator
@@ -47,6 +49,29 @@ def megabatches(config: Config, pool: ImageSet) -> MegabatchStream:
         key = "prune" if str(error).startswith("q ") else "stream"
         raise ConfigError(f"{key}.{error}") from error
     return stream
+
+
+def check_batches(config: Config, stream: MegabatchStream, model: nn.Module, image: Tensor) -> None:
+    """Raise `ConfigError` where a last batch is a single image and the network cannot train on one.
+
+    It cannot where a batch norm sees a single pixel of the image, as VGG-16's at 28 pixels.
+
+    Args:
+        image: one of the size of all, (1, channels, height, width), on the model's device.
+    """
+    size, ranks = config.train.batch_size, distributed.world_size()
+    counts = [len(stream.state(state)[0]) // ranks * ranks for state in range(1, config.stream.states + 1)]
+    alone = [count for count in counts if (count % size or size) // ranks == 1]
+    if not alone:
+        return
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).train()(image)
+    except ValueError as error:
+        wrong = f"one image, on which {config.model.name} cannot train at {image.shape[2]} pixels"
+        raise ConfigError(
+            f"train.batch_size must leave no batch of {wrong}, got {size} for a state of {alone[0]}"
+        ) from error
 
 
 def make_pruner(config: Config, model: nn.Module) -> AnytimePruner | None:

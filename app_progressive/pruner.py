@@ -7,7 +7,8 @@ for megabatch in stream:
     ...                          # train as usual
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class AnytimePruner:
             batches: (x, y) of the data at hand; None for mag and random.
             state: t = 1, 2, ...; the next one if None.
             loss_fn: see `scores`.
-            generator: of random scores and fresh weights.
+            generator: of random scores, GraSP's samples and fresh weights; seeded with the state if None.
             reduce: averages the scores over the ranks of a data-parallel run in place, so that all find one mask.
 
         Returns:
@@ -135,10 +136,11 @@ class AnytimePruner:
         """
         state = self.state + 1 if state is None else state
         delta, target = self.target(state)
+        generator = generator or torch.Generator().manual_seed(state)
         self._store()
         weights: Mapping[str, Tensor] = self.stored or self._weights()
         if self.score_weights == "fresh" and state > 1:
-            weights = fresh_weights(weights, generator or torch.Generator().manual_seed(state))
+            weights = fresh_weights(weights, generator)
         found = scores(
             self.model,
             None if self.criterion in BLIND else batches,
@@ -184,28 +186,50 @@ class AnytimePruner:
         weights = self._weights()
         torch._foreach_mul_([weight.data for weight in weights.values()], self._factors(weights))
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it the weights, with those stored behind the masks, can be changed as an unpruned network's."""
+        self._reveal()
+        try:
+            yield
+        finally:
+            self._conceal()
+
+    @torch.no_grad()
+    def _reveal(self) -> None:
+        """Put the stored values behind the masks in place."""
+        for name, stored in self.stored.items():
+            weight = self.model.get_parameter(name)
+            weight.copy_(torch.where(self.masks[name].to(weight.device), weight, stored))
+
+    @torch.no_grad()
+    def _conceal(self) -> None:
+        """Store all weights as they are, and project."""
+        for name, stored in self.stored.items():
+            stored.copy_(self.model.get_parameter(name))
+        self.project()
+
     def attach(self, optimizer: Optimizer) -> Callable[[], None]:
         """Project after every step of `optimizer` from now on; returns a function that ends it.
 
         Live weights then train, bit for bit, as under mask * weight: they see the same gradients, momentum and decay.
-        Gradients of masked weights are zeroed before the step.
+        Gradients of masked weights are zeroed before the step, which must therefore get no closure (ValueError).
         """
 
         @torch.no_grad()
-        def before(*_: Any) -> None:
+        def before(_: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
+            if closure is not None:
+                raise ValueError(f"closure must be None: gradients are masked before the step, got {closure!r}")
             weights = self._weights()
             pairs = zip(weights.values(), self._factors(weights), strict=True)
             there = [(weight.grad, factor) for weight, factor in pairs if weight.grad is not None]
             if there:
                 torch._foreach_mul_(*map(list, zip(*there, strict=True)))
-            for name, stored in self.stored.items():
-                weights[name].copy_(torch.where(self._multipliers[name].bool(), weights[name], stored))
+            self._reveal()
 
-        @torch.no_grad()
         def after(*_: Any) -> None:
-            for name, stored in self.stored.items():
-                stored.copy_(self.model.get_parameter(name))
-            self.project()
+            self._conceal()
 
         hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
@@ -229,12 +253,12 @@ class AnytimePruner:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`, and project. Raises ValueError where names or shapes are another network's."""
-        masks, weights = Masks(saved["masks"]), self._weights()
+        masks, weights = Masks({name: mask.clone() for name, mask in saved["masks"].items()}), self._weights()
         if masks.keys() != weights.keys() or any(masks[n].shape != w.shape for n, w in weights.items()):
             raise ValueError("masks must be those of this network, got others")
         self.state, self.masks, self._multipliers = int(saved["state"]), masks, {}
         for name, stored in saved["stored"].items():
-            self.stored[name] = stored.to(weights[name].device)
+            self.stored[name] = stored.to(weights[name].device, copy=True)
         self.project()
 
     def export(self) -> dict[str, Tensor]:

@@ -43,8 +43,10 @@ def arm_config(config: Config, arm: str, densities: Sequence[float] = ()) -> Con
     name, criterion, tau, replay = split_arm(arm)
     prune, options, stream = config.prune, config.train, config.stream
     prune = replace(prune, method="app", tau=tau or prune.tau, criterion=criterion or prune.criterion)  # type: ignore[arg-type]
-    if name in ("dense", "osp"):
-        prune = replace(prune, method=name)  # type: ignore[arg-type]
+    if name == "dense":
+        prune = replace(prune, method="dense")
+    elif name == "osp":
+        prune = replace(prune, method="osp", schedule="exponential", densities=[], growth=0.0)  # one density alone
     elif name in ("shrink", "scratch"):
         prune, options = replace(prune, method="dense"), replace(options, start=name)  # type: ignore[arg-type]
     elif name == "released":

@@ -37,8 +37,8 @@ def scores(
 
     snip: |w sum_b dL_b/d(m w)| over batches b, divided by its sum over all weights. taylor: |m w sum_b dL_b/d(m w)|.
     mag: |w|. random: uniform. grasp: w d<g1, g2>/dw, signed, over |sum| + 1e-10, with g1 (held fixed) and g2 the
-    gradient of the loss of logits / 200 on 10 samples a class. synflow: |w d(sum of outputs)/dw| of the network made
-    absolute, in eval mode, on ones.
+    gradients of the loss of logits / 200 on 10 samples a class each. synflow: |w d(sum of outputs)/dw| of the network
+    made absolute, in eval mode, on ones, in float64; over the largest where the weights' type cannot hold that.
 
     Args:
         model: any network.
@@ -48,7 +48,7 @@ def scores(
         params: parameter name -> the values to score; all convolution weights as they are if None.
         masks: parameter name -> 0/1, in force during the passes; none if None.
         train_bn: batch statistics, as in training (synflow: never).
-        generator: of random.
+        generator: of random, and of the two draws of grasp, which without one takes the first samples for both.
 
     Raises:
         ValueError: unknown criterion, no batches, fewer than 10 samples of a class for grasp, NaN or Inf in a score.
@@ -71,7 +71,7 @@ def scores(
         first, batches = _first(batches)
         with _undisturbed(model, training=train_bn and criterion != "synflow"):
             if criterion == "grasp":
-                found = _grasp(model, weights, live, batches, loss_fn)
+                found = _grasp(model, weights, live, batches, loss_fn, generator)
             elif criterion == "synflow":
                 found = _synflow(model, live, first)
             else:
@@ -145,10 +145,14 @@ def _warn_unused(names: set[str]) -> None:
         warnings.warn(f"no gradient reaches {', '.join(sorted(names))}: scored 0", stacklevel=4)
 
 
-def first_of_each_class(batches: Batches, classes: int) -> tuple[Tensor, Tensor]:
-    """The first 10 samples of each class, in order of class. Raises ValueError where a class has fewer."""
+def some_of_each_class(
+    batches: Batches, classes: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """10 samples of each class, in order of class: the first, or drawn. Raises ValueError where a class has fewer."""
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    rows = [(y == label).nonzero().squeeze(1)[:PER_CLASS] for label in range(classes)]
+    order = torch.arange(len(y)) if generator is None else torch.randperm(len(y), generator=generator)
+    order = order.to(y.device)
+    rows = [order[y[order] == label][:PER_CLASS] for label in range(classes)]
     for label, found in enumerate(rows):
         if len(found) < PER_CLASS:
             raise ValueError(f"batches must hold {PER_CLASS} samples of class {label} for grasp, got {len(found)}")
@@ -156,24 +160,43 @@ def first_of_each_class(batches: Batches, classes: int) -> tuple[Tensor, Tensor]
 
 
 def _grasp(
-    model: nn.Module, weights: Mapping[str, Tensor], live: Mapping[str, Tensor], batches: Batches, loss_fn: Loss
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    live: Mapping[str, Tensor],
+    batches: Batches,
+    loss_fn: Loss,
+    generator: torch.Generator | None,
 ) -> dict[str, Tensor]:
     kept = list(batches)
     leaves = _leaves(live)
-    x, y = first_of_each_class(kept, _call(model, leaves, kept[0][0]).shape[1])
-    loss = loss_fn(_call(model, leaves, x) / TEMPERATURE, y)
-    # Same samples and batch statistics for both gradients: one graph serves, detached it is the fixed one.
-    moving = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
-    product = torch.stack([(gradient.detach() * gradient).sum() for gradient in moving]).sum()
-    gradients = torch.autograd.grad(product, list(leaves.values()))
-    signed = {name: weights[name] * gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    classes = _call(model, leaves, kept[0][0]).shape[1]
+
+    def gradients(create_graph: bool) -> tuple[Tensor | None, ...]:
+        x, y = some_of_each_class(kept, classes, generator)
+        loss = loss_fn(_call(model, leaves, x) / TEMPERATURE, y)
+        return torch.autograd.grad(loss, list(leaves.values()), create_graph=create_graph, allow_unused=True)
+
+    pairs = list(zip(gradients(False), gradients(True), strict=True))
+    _warn_unused({name for name, (_, moving) in zip(leaves, pairs, strict=True) if moving is None})
+    product = torch.stack([(g1 * g2).sum() for g1, g2 in pairs if g1 is not None and g2 is not None]).sum()
+    found = torch.autograd.grad(product, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    signed = {name: weights[name] * gradient for name, gradient in zip(leaves, found, strict=True)}
     norm = abs(sum(float(score.sum()) for score in signed.values())) + 1e-10
     return {name: score / norm for name, score in signed.items()}
 
 
 def _synflow(model: nn.Module, live: Mapping[str, Tensor], first: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    leaves = _leaves({name: weight.abs() for name, weight in live.items()})
-    others = {name: value.detach().abs() for name, value in model.state_dict().items() if name not in leaves}
-    output = _call(model, {**others, **leaves}, torch.ones_like(first[0][:1]))
-    gradients = torch.autograd.grad(output.sum(), list(leaves.values()))
-    return {name: (weight * g).abs().detach() for (name, weight), g in zip(leaves.items(), gradients, strict=True)}
+    buffers = dict(model.named_buffers())  # those that are not saved as well
+    values = {**buffers, **{name: value.detach().abs() for name, value in model.state_dict().items()}, **live}
+    values = {name: value.double() if value.is_floating_point() else value for name, value in values.items()}
+    leaves = _leaves({name: values[name].abs() for name in live})
+    output = _call(model, {**values, **leaves}, torch.ones_like(first[0][:1], dtype=torch.float64))
+    gradients = torch.autograd.grad(output.sum(), list(leaves.values()), allow_unused=True)
+    _warn_unused({name for name, gradient in zip(leaves, gradients, strict=True) if gradient is None})
+    found = {
+        name: torch.zeros_like(weight) if gradient is None else (weight * gradient).abs().detach()
+        for (name, weight), gradient in zip(leaves.items(), gradients, strict=True)
+    }
+    largest = max(score.max().item() for score in found.values())
+    limit = min(torch.finfo(weight.dtype).max for weight in live.values())
+    return {name: (score / largest if largest > limit else score).to(live[name]) for name, score in found.items()}

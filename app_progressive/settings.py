@@ -106,6 +106,11 @@ class PruneConfig:
         require(0 < self.base < 1, "prune.base", self.base, "in (0, 1)")
         require(all(0 < d <= 1 for d in self.densities), "prune.densities", self.densities, "in (0, 1]")
         require(self.growth >= 0, "prune.growth", self.growth, "at least 0")
+        ways = {"method osp": self.method == "osp", "schedule": self.schedule != "exponential"}
+        ways |= {"densities": bool(self.densities), "growth": self.growth > 0}
+        first, *others = [name for name, given in ways.items() if given] or [""]
+        for name in others:  # one way to set the densities
+            require(False, f"prune.{name}", getattr(self, name), f"left out with prune.{first}")
         require(0 < self.q < 1, "prune.q", self.q, "in (0, 1)")
         require(self.score_batch >= 1, "prune.score_batch", self.score_batch, "at least 1")
         stored = self.update == "replace" or (self.update == "intersect" and self.score_weights == "current")
@@ -224,6 +229,9 @@ class Config:
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         require(self.data.val == 0, "data.val", self.data.val, "0: megabatches hold their own validation parts")
+        require(self.data.repeats == 1, "data.repeats", self.data.repeats, "1: an epoch has every example once")
+        policy = self.data.auto_augment
+        require(not policy, "data.auto_augment", policy, "empty: images are decoded once, then cropped and flipped")
         count = len(self.prune.densities)
         allowed = f"empty or one for each of the {self.stream.states} states"
         require(count in (0, self.stream.states), "prune.densities", self.prune.densities, allowed)

@@ -6,6 +6,7 @@ state. Data-parallel: torchrun --nproc_per_node=N app_progressive/train.py --con
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from app_progressive.configured import FRESH, another, make_pruner, megabatches, network
+from app_progressive.configured import FRESH, another, check_batches, make_pruner, megabatches, network
 from app_progressive.cost import forward_macs, layer_macs
 from app_progressive.images import epoch_batches, pool_and_test
 from app_progressive.metrics import first_best, generalization_gap
@@ -47,6 +48,7 @@ def train(config: Config, folder: Path, progress: Callable[[float], None] | None
         seed_everything(config.seed)
         model = network(config, pool).to(device)
         pruner = make_pruner(config, model)
+        check_batches(config, stream, model, torch.zeros(1, *pool.images.shape[1:], device=device))  # type: ignore[union-attr]
         total = config.stream.states * config.train.epochs
         run = Run(folder, config, total_steps=total, checkpoint_every=config.run.checkpoint_every, progress=progress)
         if run.finished:
@@ -145,32 +147,43 @@ def _begin(
 ) -> dict[str, Any]:
     """What comes before training on a megabatch: the weights to start from, then score and mask. Returns densities."""
     start = config.train.start if state > 1 else "continue"
-    if start == "scratch":
-        model.load_state_dict(another(config, pool, model, state).state_dict())
-    elif start == "shrink":
-        shrink_and_perturb_(model, another(config, pool, model, state))
+    with _whole(pruner):
+        if start == "scratch":
+            model.load_state_dict(another(config, pool, model, state).state_dict())
+        elif start == "shrink":
+            shrink_and_perturb_(model, another(config, pool, model, state))
     if state > 1 and (config.train.reset_momentum or start in ("scratch", "rewind")):
         optimizer.state.clear()
-    if pruner is None:
-        return {"density_target": 1.0, "density": 1.0, "per_layer": {}, "score_images": 0}
-    found: dict[str, Any] = {"density": pruner.density(), "per_layer": pruner.per_layer()}
-    if config.prune.method == "osp":
-        found["density_target"] = pruner.target(1)[1]
-    scored = 0
-    if config.prune.method == "app" or state == 1:
-        rows = stream.score_idx(state, config.prune.q, config.prune.subset)
-        batches = _whole_batches(config, pool, rows, (SCORE, state))
-        draws = generator(config.seed, FRESH, state)
-        try:
-            found = pruner.step(batches, state, generator=draws, reduce=distributed.average_)
-        except ValueError as error:
-            raise ConfigError(f"prune.criterion {config.prune.criterion} in state {state}: {error}") from error
-        scored = len(rows)
+    found: dict[str, Any] = {"density_target": 1.0, "density": 1.0, "per_layer": {}, "score_images": 0}
+    if pruner is not None:
+        found = _masked(config, pool, stream, pruner, state)
     if start == "rewind":
         seed_everything(config.seed)
-        model.load_state_dict(network(config, pool).to(next(model.parameters()).device).state_dict())
-    pruner.project()
-    return {name: found[name] for name in ("density_target", "density", "per_layer")} | {"score_images": scored}
+        with _whole(pruner):
+            model.load_state_dict(network(config, pool).to(next(model.parameters()).device).state_dict())
+    return found
+
+
+def _whole(pruner: AnytimePruner | None) -> AbstractContextManager[None]:
+    """Within it all weights may be changed; see `AnytimePruner.whole`."""
+    return nullcontext() if pruner is None else pruner.whole()
+
+
+def _masked(
+    config: Config, pool: ImageSet, stream: MegabatchStream, pruner: AnytimePruner, state: int
+) -> dict[str, Any]:
+    """Score and mask, or where one-shot pruning has done so before keep its mask. Returns densities."""
+    if config.prune.method == "osp" and state > 1:
+        densities = {"density": pruner.density(), "per_layer": pruner.per_layer()}
+        return {"density_target": pruner.target(1)[1], **densities, "score_images": 0}
+    rows = stream.score_idx(state, config.prune.q, config.prune.subset)
+    batches = _whole_batches(config, pool, rows, (SCORE, state))
+    draws = generator(config.seed, FRESH, state)
+    try:
+        found = pruner.step(batches, state, generator=draws, reduce=distributed.average_)
+    except ValueError as error:
+        raise ConfigError(f"prune.criterion {config.prune.criterion} in state {state}: {error}") from error
+    return {name: found[name] for name in ("density_target", "density", "per_layer")} | {"score_images": len(rows)}
 
 
 def _end(

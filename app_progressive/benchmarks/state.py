@@ -1,8 +1,9 @@
 """The efficient forms against plain ones: mask update, training step, a whole state of the stream.
 
-All numbers are ratios of processor time in one run, one thread, from interleaved repeats. Fails where the mask
-update of 2 million weights is less than 5 times as fast as kthvalue over their concatenation, or a whole state less
-than 2 times as fast as a faithful loop: images through PIL one by one, mask hooks, the network through a disk file.
+All numbers are ratios of processor time in one run, one thread, from interleaved repeats. Fails where the k-th smallest
+of 2 million scores is found less than 5 times as fast as by kthvalue over their concatenation, or a whole state is less
+than 2 times as fast as a faithful loop: images through PIL one by one, mask hooks, the network through a disk file. The
+whole mask update, with its checks, is shown beside.
 
 python app_progressive/benchmarks/state.py
 """
@@ -42,7 +43,7 @@ def faster(plain: Callable[[], object], efficient: Callable[[], object], repeats
 
 
 def selection() -> list[Ratio]:
-    """k-th smallest and mask update, growing in the number of weights; the first judged at 2 million."""
+    """k-th smallest and mask update, growing in the number of weights; the former is judged, at 2 million."""
     found = []
     for total in (200_000, 2_000_000):
         scores = {str(i): torch.randn(total // 10, generator=torch.Generator().manual_seed(i)) ** 2 for i in range(10)}

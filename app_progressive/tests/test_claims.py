@@ -49,6 +49,7 @@ def long(arm: str, curve: list[float], density: float, seeds: Any = SEEDS) -> li
         target = [0.8, 0.7, 0.6, *[0.5] * (len(curve) - 3)]
         effective = [0.8, 0.7, 0.6, *[density] * (len(curve) - 3)]
         metrics = {"test_gap_last": list(np.array(curve) + own), "density": effective, "density_target": target}
+        metrics |= {"clean_gap": 5 + density + own[0]}
         found.append(row("L", arm, seed, **metrics, test_acc=[50.0] * len(curve)))
     return found
 
@@ -74,7 +75,7 @@ def judged(rows: list[dict[str, Any]] = ROWS) -> dict[str, dict[str, Any]]:
 def test_claims_measure_paired_differences_in_the_claimed_direction() -> None:
     found = judged()
     wanted = {"C1": 0.3, "C1s": -1, "C2a": 4, "C2b": 4, "C3a": 200, "C3b": 2, "C3c": 100, "C4a": 10, "C4b": 8, "C4c": 1}
-    wanted |= {"R1": 0.1, "R2a": 3.6, "R2b": -0.3}
+    wanted |= {"R1": 0.1, "R2a": 3.6, "R2b": -0.3, "R2c": 0.45}
     for name, estimate in wanted.items():
         assert found[name]["estimate"] == pytest.approx(estimate, abs=0.8), name
     verdicts = {name: found[name]["verdict"] for name in wanted}
@@ -89,7 +90,7 @@ def test_the_final_density_must_be_exact_to_one_weight() -> None:
 
 def test_claims_without_rows_are_inconclusive_and_stay_in_the_table() -> None:
     found = judged([r for r in ROWS if r["cell"]["part"] == "F"])
-    for name in ("C2n1", "C2n2", "C4a", "C4b", "C7a", "C7b", "C8a", "C8b", "R1", "R2a", "R2b"):
+    for name in ("C2n1", "C2n2", "C4a", "C4b", "C7a", "C7b", "C8a", "C8b", "R1", "R2a", "R2b", "R2c"):
         assert found[name]["verdict"] == "inconclusive" and found[name]["values"] == []
     assert list(judged([])) == [claim.id for claim in CLAIMS]
 

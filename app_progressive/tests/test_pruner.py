@@ -179,6 +179,34 @@ def test_weights_that_may_come_back_return_with_their_stored_values() -> None:
         assert not dead(net, pruner.masks).any()
 
 
+def test_what_was_loaded_stays_the_callers_own() -> None:
+    net = small_net()
+    pruner = AnytimePruner(net, 3, 4.5, "mag", update="replace", keep_stored=True)
+    pruner.step(None)
+    saved = copy.deepcopy(pruner.state_dict())
+    pruner.load_state_dict(saved)
+    kept = copy.deepcopy(saved)
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    pruner.attach(optimizer)
+    steps(net, optimizer)
+    assert not any(torch.equal(pruner.stored[name], value) for name, value in kept["stored"].items())
+    for part in ("masks", "stored"):
+        assert all(torch.equal(saved[part][name], value) for name, value in kept[part].items())
+    before = dict(pruner.masks)
+    for mask in saved["masks"].values():
+        mask.zero_()
+    assert all(mask.any() for mask in before.values())
+
+
+def test_random_scores_differ_from_state_to_state_without_a_generator() -> None:
+    def masks() -> list[Tensor]:
+        pruner = AnytimePruner(small_net(), 2, 1.0, "random", update="replace", keep_stored=True)
+        return [(pruner.step(None), pruner.masks["conv2.weight"])[1] for _ in range(2)]
+
+    (first, second), again = masks(), masks()
+    assert not torch.equal(first, second) and torch.equal(first, again[0]) and torch.equal(second, again[1])
+
+
 # The released code
 
 
@@ -255,6 +283,33 @@ def test_masks_survive_moves_copies_wrappers_and_compilation() -> None:  # 21
     small_net(1).load_state_dict(its.export())
 
 
+def test_a_network_with_one_child_called_module_is_no_wrapper() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = small_net()
+
+    assert list(prunable(Outer())) == ["module.conv1.weight", "module.conv2.weight"]
+    assert list(prunable(nn.DataParallel(Outer()))) == ["module.conv1.weight", "module.conv2.weight"]
+
+
+def test_layers_that_share_a_weight_are_refused() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    net[1].weight = net[0].weight
+    with pytest.raises(ValueError, match=r"a weight of its own in each layer, got one for 0\.weight and 1\.weight"):
+        AnytimePruner(net, 2, 4.5)
+
+
+def test_a_closure_is_refused() -> None:
+    net = small_net()
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    AnytimePruner(net, 2, 4.5).attach(optimizer)
+    for step in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):
+        with pytest.raises(ValueError, match="closure must be None: gradients are masked before the step, got"):
+            step()
+    optimizer.step(None)
+
+
 def test_a_pruner_goes_on_from_its_state() -> None:
     net, other = small_net(), small_net()
     pruner = AnytimePruner(net, 3, 4.5)
@@ -309,7 +364,7 @@ def test_two_ranks_find_the_masks_of_one(tmp_path: Path) -> None:  # 18
     done = children.run(*children.TORCHRUN, two_ranks.__file__, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     one, *two = (torch.load(tmp_path / name, weights_only=True) for name in ("one0", "two0", "two1"))
-    assert len(one) == 3
+    assert len(one) == 4
     for other in two:
         for mine, its in zip(one, other, strict=True):
             assert all(torch.equal(its[name], mask) for name, mask in mine.items())

@@ -24,6 +24,13 @@ def test_schedules_are_the_authors(case: dict) -> None:  # 1
     assert math.prod(density_schedule(states, tau)) == pytest.approx(case["product_of_densities"], rel=1e-12)
 
 
+def test_the_short_stream_of_the_paper_has_the_specified_densities() -> None:  # 1
+    wanted = [0.8, 0.715541752799933, 0.64, 0.572433402240, 0.512, 0.457946721792, 0.4096, 0.366357377434]
+    assert density_schedule(8, 4.5) == pytest.approx(wanted, abs=1e-9)
+    assert density_schedule(1, 4.5) == pytest.approx([0.366357], abs=1e-6)
+    assert math.prod(density_schedule(100, 4.5)) == pytest.approx(2.237e-27, rel=1e-3)
+
+
 def test_a_stream_of_one_state_has_the_last_density_at_once() -> None:  # 1: the released code would give .8
     assert delta_schedule(1, 4.5) == [4.5] and density_schedule(1, 4.5) == [0.8**4.5]
 

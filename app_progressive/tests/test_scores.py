@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from app_progressive import scores
-from app_progressive.scores import first_of_each_class
+from app_progressive.scores import some_of_each_class
 from app_progressive.tests.nets import arrays, batch, convs, reference_batches, reference_net, small_net
 
 CASES = [
@@ -38,9 +38,30 @@ def test_scores_are_the_authors(name: str, criterion: str, masked: bool) -> None
 
 def test_grasp_takes_the_first_of_each_class_that_the_authors_take() -> None:
     values = arrays("scores")
-    x, y = first_of_each_class(reference_batches(values, 64), 10)
+    x, y = some_of_each_class(reference_batches(values, 64), 10)
     chosen = values["grasp_sel_idx"]
     assert torch.equal(y, values["grasp_sel_y"]) and torch.equal(x, values["x_u8"][chosen].double() / 255)
+
+
+def test_grasp_with_a_generator_draws_twice_and_independently() -> None:
+    values = arrays("scores")
+    net, batches = reference_net(values), reference_batches(values, 64)
+    draws = torch.Generator().manual_seed(0)
+    (x1, y1), (x2, y2) = (some_of_each_class(batches, 10, draws) for _ in range(2))
+    assert torch.equal(y1, values["grasp_sel_y"]) and torch.equal(y1, y2) and not torch.equal(x1, x2)
+    found = scores(net, batches, "grasp", generator=torch.Generator().manual_seed(0))
+    weights = [net.get_parameter(name) for name in found]
+
+    def gradients(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(F.cross_entropy(net.train()(x) / 200, y), weights, create_graph=True)
+
+    product = sum((g1.detach() * g2).sum() for g1, g2 in zip(gradients(x1, y1), gradients(x2, y2), strict=True))
+    signed = [
+        weight * gradient for weight, gradient in zip(weights, torch.autograd.grad(product, weights), strict=True)
+    ]
+    total = abs(sum(float(score.detach().sum()) for score in signed)) + 1e-10
+    for score, wanted in zip(found.values(), signed, strict=True):
+        assert torch.allclose(score, wanted / total, rtol=1e-9, atol=1e-12)
 
 
 def plain_snip(net: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -68,11 +89,20 @@ def test_snip_on_live_weights_is_weight_times_gradient_and_sums_to_one() -> None
         assert torch.allclose(found[name], plain[name] / total, rtol=0, atol=1e-12)
 
 
-def test_batches_count_alike_and_have_statistics_of_their_own() -> None:  # 5
+def test_batches_have_statistics_of_their_own() -> None:  # 5
     values = arrays("scores")
-    net = reference_net(values)
-    split, whole = (scores(net, reference_batches(values, size)) for size in (100, 250))
-    assert not torch.allclose(split["conv1.weight"], whole["conv1.weight"], rtol=1e-3, atol=0)
+    net, whole, halves = reference_net(values), reference_batches(values, 250), reference_batches(values, 125)
+    for train_bn in (True, False):  # with running statistics halves of equal weight are the whole
+        found = [scores(net, batches, train_bn=train_bn)["conv1.weight"] for batches in (whole, halves)]
+        assert torch.allclose(*found, rtol=1e-9 if not train_bn else 1e-3, atol=0) != train_bn
+
+
+def test_every_batch_counts_the_same_however_short() -> None:  # 5: three of each example have the loss of one
+    values = arrays("scores")
+    net, ((x, y), short, _) = reference_net(values), reference_batches(values)
+    found = [scores(net, [(x.repeat(copies, 1, 1, 1), y.repeat(copies)), short]) for copies in (1, 3)]
+    one, three = (torch.cat([score.flatten() for score in each.values()]) for each in found)
+    assert torch.allclose(one, three, rtol=1e-9, atol=1e-15)
 
 
 def test_opposite_gradients_cancel_before_the_absolute_value() -> None:  # 5
@@ -125,7 +155,8 @@ def test_random_scores_depend_on_their_generator_alone() -> None:
     assert not torch.equal(draws[0]["conv1.weight"], draws[2]["conv1.weight"])
 
 
-def test_a_weight_without_gradient_scores_zero_with_a_warning() -> None:
+@pytest.mark.parametrize("criterion", ["snip", "taylor", "grasp", "synflow"])
+def test_a_weight_without_gradient_scores_zero_with_a_warning(criterion: str) -> None:  # 19
     class Unused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -135,8 +166,20 @@ def test_a_weight_without_gradient_scores_zero_with_a_warning() -> None:
             return self.used(x)
 
     with pytest.warns(UserWarning, match=r"no gradient reaches idle\.weight: scored 0"):
-        found = scores(Unused(), [batch()])
+        found = scores(Unused(), [batch(400)], criterion)
     assert (found["idle.weight"] == 0).all() and (found["used.conv1.weight"] > 0).any()
+
+
+def test_synflow_of_a_deep_network_is_finite_and_keeps_its_proportions() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Conv2d(3, 3, 1, bias=False) for _ in range(5)))
+    wanted = scores(net, [batch()], "synflow")
+    for conv in net:
+        conv.weight.data.mul_(1e10)  # the output is 1e50 times as large
+    found = scores(net, [batch()], "synflow")
+    largest = max(score.max() for score in wanted.values())
+    for name, score in found.items():
+        assert score.dtype == torch.float32 and torch.allclose(score, wanted[name] / largest, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ from torch import Tensor
 from app_progressive import eval as evaluation
 from app_progressive import pruner as pruning
 from app_progressive import train as training
-from app_progressive.configured import network
+from app_progressive.configured import another, network
 from app_progressive.images import epoch_batches, pool_and_test
 from app_progressive.prunable import prunable
 from app_progressive.settings import Config
-from app_progressive.tests.nets import arguments, config
+from app_progressive.tests.nets import CONFIGS, arguments, config
 from app_progressive.train import train
 from common.config import UserError, dump, load
 from common.data import DataConfig, ImageSet
@@ -126,9 +126,13 @@ def test_the_learning_rate_starts_anew_in_every_state(tmp_path: Path) -> None:  
     assert [line["lr"] for line in logged(tmp_path / "run", "train")] == pytest.approx([0.05, 0.005, 0.005, 5e-4] * 3)
 
 
-def test_the_papers_rates_are_twenty_twenty_and_ten_epochs() -> None:  # 12
-    rates = [0.1 * 0.1 ** sum(epoch >= milestone for milestone in (20, 40)) for epoch in range(50)]
-    assert rates == pytest.approx([0.1] * 20 + [0.01] * 20 + [0.001] * 10)
+def test_the_papers_rates_are_twenty_twenty_and_ten_epochs_in_every_state(tmp_path: Path) -> None:  # 12
+    there = load(Config, CONFIGS / "paper_c10_resnet18_s8.yaml").train
+    options = ["--train.epochs", there.epochs, "--train.milestones", there.milestones, "--train.lr", there.lr]
+    options += ["--stream.states", 2, "--train.batch_size", 40, "--prune.method", "dense"]
+    train(config(*options, "--run.checkpoint_every", 100), tmp_path / "run", quiet)
+    rates = [line["lr"] for line in logged(tmp_path / "run", "train")]
+    assert rates == pytest.approx(2 * ([0.1] * 20 + [0.01] * 20 + [0.001] * 10))
 
 
 def forced(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,29 +196,32 @@ def weights_at(folder: Path) -> dict[str, Tensor]:
     return load_checkpoint(folder / "model.pt")["model"]
 
 
+@pytest.mark.parametrize("method", ["dense", "app"])
 @pytest.mark.parametrize("start", ["scratch", "shrink", "rewind"])
-def test_states_start_from_what_was_asked_for(start: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    there = config("--train.start", start, "--prune.method", "app" if start == "rewind" else "dense")
-    begin, seen = training._begin, []
+def test_states_start_from_what_was_asked_for(
+    start: str, method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stored = ["--prune.update", "replace", "--prune.keep_stored", "true", "--prune.criterion", "random"]
+    there = config("--train.start", start, "--prune.method", method, *stored)
+    begin, seen, key = training._begin, [], "net.features.8.weight"
 
-    def beginning(config: Any, pool: Any, stream: Any, model: Any, *rest: Any) -> Any:
-        before = copy.deepcopy(model.state_dict())
-        told = begin(config, pool, stream, model, *rest)
-        seen.append((before, copy.deepcopy(model.state_dict()), bool(rest[1].state)))
+    def beginning(config: Any, pool: Any, stream: Any, model: Any, pruner: Any, optimizer: Any, state: int) -> Any:
+        before = (model.state_dict() if pruner is None else pruner.stored)[key].clone()
+        told = begin(config, pool, stream, model, pruner, optimizer, state)
+        after = model.state_dict()[key].clone()
+        mask = torch.ones_like(after, dtype=torch.bool) if pruner is None else pruner.masks[key]
+        seen.append((before, after, mask, bool(optimizer.state)))
         return told
 
     monkeypatch.setattr(training, "_begin", beginning)
     train(there, tmp_path / "run", quiet)
-    key = "net.features.8.weight"
-    first, kept = seen[0][0][key], seen[1][1][key]
-    if start == "rewind":
-        assert all(torch.equal(after[key], first * (after[key] != 0)) for _, after, _ in seen)
-    elif start == "scratch":
-        assert not torch.equal(seen[1][1][key], first) and not torch.equal(seen[1][1][key], seen[2][1][key])
-    else:
-        noise = kept - 0.6 * seen[1][0][key]
-        assert noise.std().item() == pytest.approx(0.1 * first.std().item(), rel=0.2)
-    assert [momentum for *_, momentum in seen] == [False] + [start == "shrink"] * 2
+    pool, _ = pool_and_test(there)
+    for state in (2, 3):
+        (*_, old, _), (before, after, mask, momentum) = seen[state - 2 : state]
+        fresh = another(there, pool, network(there, pool), state).state_dict()[key]
+        wanted = {"scratch": fresh, "shrink": 0.6 * before + 0.1 * fresh, "rewind": seen[0][0]}[start]
+        assert torch.allclose(after, wanted * mask, rtol=0, atol=1e-7) and momentum == (start == "shrink")
+        assert (mask & ~old).any() == (method == "app")  # weights came back
 
 
 def test_noisy_labels_are_as_many_as_told_and_of_other_classes() -> None:
@@ -383,6 +390,27 @@ def test_commands_say_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFi
         (["--train.milestones", "[3, 2]"], "train.milestones must be rising epochs, at least 1, got [3, 2]"),
         (["--model.name", "resnet18"], "model.name resnet18 must have images of 3 channels, got 1"),
         (["--model.name", "resnet9000"], "model.name must be one of tinycnn"),
+        (
+            ["--prune.method", "osp", "--prune.schedule", "cubic"],
+            "prune.schedule must be left out with prune.method osp",
+        ),
+        (
+            ["--prune.method", "osp", "--prune.growth", 1],
+            "prune.growth must be left out with prune.method osp, got 1.0",
+        ),
+        (
+            ["--prune.densities", "[0.5, 0.4, 0.3]", "--prune.growth", 1],
+            "prune.growth must be left out with prune.densities, got 1.0",
+        ),
+        (["--data.repeats", 3], "data.repeats must be 1: an epoch has every example once, got 3"),
+        (
+            ["--data.name", "imagefolder", "--data.path", "images", "--data.auto_augment", "rand-m9"],
+            "data.auto_augment must be empty: images are decoded once, then cropped and flipped, got 'rand-m9'",
+        ),
+        (
+            ["--model.name", "vgg16_bn", "--train.batch_size", 17],
+            "train.batch_size must leave no batch of one image, on which vgg16_bn cannot train at 28 pixels, got 17",
+        ),
         (["--data.val", 0.1], "data.val must be 0: megabatches hold their own validation parts, got 0.1"),
         (["--data.name", "npz", "--data.path", "nowhere.npz"], "nowhere.npz: No such file"),
     ],

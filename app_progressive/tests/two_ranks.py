@@ -1,6 +1,7 @@
-"""Masks of three states on any number of ranks: two_ranks.py FILE (the rank is appended).
+"""Masks of four states on any number of ranks: two_ranks.py FILE (the rank is appended).
 
-Score batches are not split, so that batch statistics are those of one process.
+Score batches are not split, so that batch statistics are those of one process. In the last state two ranks score on a
+batch each, and one process on both, one after the other.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from app_progressive import AnytimePruner
+from app_progressive import AnytimePruner, scores
 from app_progressive.tests.nets import batch, small_net
 from common import distributed
 
 
 def main(path: Path) -> None:
-    """Three states of one training step on the same batch, without batch norm's running statistics in the way."""
+    """Four states of one training step on the same batch, without batch norm's running statistics in the way."""
     with distributed.process_group():
         net = small_net()
         wrapped = DistributedDataParallel(net) if distributed.world_size() > 1 else net
-        pruner = AnytimePruner(wrapped, 3, 4.5)
+        pruner = AnytimePruner(wrapped, 4, 4.5)
         optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
         pruner.attach(optimizer)
         masks = []
@@ -33,6 +35,16 @@ def main(path: Path) -> None:
             optimizer.zero_grad()
             F.cross_entropy(wrapped(x), y).backward()  # every rank the whole batch: DDP averages equal gradients
             optimizer.step()
+
+        def with_the_other(found: list[Tensor]) -> None:
+            distributed.average_(found)
+            if distributed.world_size() == 1:
+                others = scores(net, [batch(seed=31)], masks=pruner.masks)
+                for score, other in zip(found, others.values(), strict=True):
+                    score.add_(other).div_(2)
+
+        pruner.step([batch(seed=30 + distributed.rank())], reduce=with_the_other)
+        masks.append(dict(pruner.masks))
         torch.save(masks, f"{path}{distributed.rank()}")
 
 
