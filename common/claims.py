@@ -171,7 +171,7 @@ def measured(claim: Mapping[str, Any]) -> str:
 
 
 def _short(number: float) -> str:
-    return f"{number:.2f}" if number == 0 or abs(number) >= 0.1 else f"{number:.2g}"
+    return f"{number:.2f}" if abs(number) < 1e-12 or abs(number) >= 0.1 else f"{number:.2g}"
 
 
 def print_table(results: Mapping[str, Any]) -> None:

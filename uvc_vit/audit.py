@@ -9,7 +9,10 @@ BASE_LOG = {6: 0.5032912, 7: 0.4205064, 8: 0.3377216, 11: 0.0893671}  # blocks s
 
 
 def skipped_share(plan: Plan, tokens: int, embed_macs: int) -> float:
-    """Part of the saved multiply-adds that skipped blocks save; 0 where nothing is saved."""
+    """Part of the saved multiply-adds that skipped blocks save, whole, whatever else went of them; 0 of nothing saved.
+
+    It is 1 by construction where no block is left.
+    """
     whole = [block_macs(sizes, tokens).total for sizes in plan.sizes]
     saved = embed_macs + sum(whole) - plan.macs(tokens, embed_macs)
     by_skips = sum(cost for cost, keep in zip(whole, plan.keep_block, strict=True) if not keep)

@@ -52,10 +52,10 @@ def stream(config: Config, data: ImageSet, step: int, device: torch.device) -> I
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def controller(config: Config, model: nn.Module, data: ImageSet, steps: int) -> UVCController:
-    """The method for `steps` steps. Raises ConfigError where network or budget do not fit."""
+def controller(config: Config, model: nn.Module, data: ImageSet, steps: int | None = None) -> UVCController:
+    """The method for `steps` steps, or for its costs alone. Raises ConfigError where network or method do not fit."""
     _, size = config.model.image_shape(data)
-    method = replace(config.method, stage1_steps=steps)
+    method = replace(config.method, stage1_steps=steps) if steps else replace(config.method, warmup_steps=0)
     try:
         adapter = ViTAdapter(model)
         costs = LatencyTable.read(Path(method.table)).costs(adapter) if method.table else None
@@ -66,21 +66,21 @@ def controller(config: Config, model: nn.Module, data: ImageSet, steps: int) -> 
 
 def choose(config: Config, model: nn.Module, data: ImageSet) -> Plan:
     """The plan of a method that needs no stage 1. Raises ConfigError where network or budget do not fit."""
-    there = controller(config, model, data, 1)
-    sizes, costs, budget = there.adapter.dims, there.final_costs, config.method.budget
-    norms = group_norms(there.adapter)
-    relative = Relative.of(norms)(norms)
     try:
         if config.arm in ("dense", *UNSTRUCTURED):
-            return Plan.full(sizes)
+            return Plan.full(ViTAdapter(model).dims)
+        there = controller(config, model, data)
+        sizes, costs, budget = there.adapter.dims, there.final_costs, config.method.budget
         if config.arm == "drop-last":
             return first_blocks(costs, sizes, budget)
+        norms, align = group_norms(there.adapter), config.method.align
         if config.arm == "gradient":
             scores = gradient_scores(there.adapter, scored(config, model, data), F.cross_entropy, norms)
-            return uniform_plan(scores, costs, sizes, budget, "heads")
+            return uniform_plan(scores, costs, sizes, budget, "heads", align)
         noise = random_scores(norms, generator(config.seed, 5))
-        return uniform_plan(relative if config.arm == "magnitude" else noise, costs, sizes, budget, "dims")
-    except ValueError as error:
+        scores = Relative.of(norms)(norms) if config.arm == "magnitude" else noise
+        return uniform_plan(scores, costs, sizes, budget, "dims", align)
+    except (NotImplementedError, ValueError) as error:
         raise ConfigError(f"method: {error}") from error
 
 

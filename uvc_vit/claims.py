@@ -8,7 +8,7 @@ blocks have R .34 for .25). S6 as a whole holds where all its parts do, which ne
 
 from typing import Any
 
-from common.claims import Claim, Measure, Rows, difference, each
+from common.claims import Claim, Measure, Rows, by_seed, difference, each
 from uvc_vit.audit import log_error
 
 TIGHT, WIDE = 0.25, 0.5  # budgets of the claims
@@ -32,6 +32,15 @@ def overshoot(rows: Rows) -> list[float]:
         if arm not in ("start", "dense", "skip-only", "drop-last", "released", "omp", "taylor", "gmp"):
             found.setdefault(row["seed"], []).append(abs(row["metrics"]["share"] / budget - 1))
     return [max(values) for values in found.values()]
+
+
+def skipping(rows: Rows) -> list[float]:
+    """Per seed at which mode released leaves a block: the part of what it saves that skipped blocks save.
+
+    Without a block left that part is 1 whatever was pruned.
+    """
+    found = by_seed(rows, at("released", WIDE)).values()
+    return [metrics["skipped_share"] for metrics in found if metrics["blocks"]]
 
 
 def ablation(number: int, statement: str, arm: str, over: str, budget: float) -> Claim:
@@ -104,10 +113,10 @@ CLAIMS = [
     ),
     Claim(
         id="S8b",
-        statement="the released method saves by skipping blocks",
+        statement="the released method saves by skipping blocks, where it leaves one",
         source="audit C7",
         paper="masks 99.95 to 100 % kept (authors' log, DeiT-Base)",
-        measure=each(at("released", WIDE), lambda metrics: metrics["skipped_share"]),
+        measure=skipping,
         threshold=0.95,
         interval="worst",
         unit="of the saved FLOPs",

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from common.augment import soft_labels
 from uvc_vit.adapter import ViTAdapter
 from uvc_vit.controller import StepInfo, UVCController
+from uvc_vit.decay import decay_groups
 from uvc_vit.distill import KDConfig, Teacher, distilled_loss
 from uvc_vit.plan import Plan
 from uvc_vit.resource import Costs
@@ -56,22 +56,25 @@ def compress(
         model: a trained vision transformer, see `ViTAdapter`.
         train_loader: sized; yields images (batch, channels, height, width) and labels (batch,), or label distributions.
         input_size: (height, width) of the images.
-        config: of the method; its stage1_steps are set to the first epochs' number of batches.
+        config: of the method, not of mode released; its stage1_steps are set to the first epochs' number of batches.
         kd: distillation; the default where None.
-        teacher: gives logits; a frozen copy of `model` where None.
+        teacher: any module that gives logits; a frozen copy of `model` where None.
         epochs: of the two stages.
         lr: of AdamW; stage 1 keeps it, stage 2 lowers it as a cosine to 0.
-        weight_decay: of AdamW; not of biases and norms.
-        clip: largest norm of the weights' gradient.
+        weight_decay: of AdamW; not of biases, norms, position embedding and tokens.
+        clip: largest norm of the weights' gradient; 0: none.
         smoothing: of the labels.
         layout: see `slim`.
-        costs: measured ones, see `LatencyTable`; for accounting latency.
+        costs: of accounting latency: measured ones, see `LatencyTable`.
         seed: of the gates' noise.
 
     Raises:
-        ValueError: before any training, where the budget is below the floor or the teacher has other classes;
+        ValueError: before any training, where the budget is below the floor, the teacher has other classes or the mode
+            is released;
             FloatingPointError: where loss or weights are not finite, with the step.
     """
+    if config.mode == "released":
+        raise ValueError("mode must be solve or fixed here, got released: only train.py trains the gates as it does")
     net: Any = copy.deepcopy(model)
     kd = kd or KDConfig()
     classes, device = net.num_classes, next(net.parameters()).device
@@ -88,7 +91,7 @@ def compress(
     def train(net: Any, count: int, rate: Callable[[int, int], float], after: Callable[[float], None]) -> None:
         if hasattr(net, "set_distilled_training"):
             net.set_distilled_training(True)
-        optimizer = torch.optim.AdamW(param_groups_weight_decay(net, weight_decay), lr=lr)
+        optimizer = torch.optim.AdamW(decay_groups(net, weight_decay), lr=lr)
         net.train()
         step, total = 0, count * len(train_loader)
         for _ in range(count):
@@ -100,7 +103,8 @@ def compress(
                 if not math.isfinite(loss.item()):
                     raise FloatingPointError(f"loss is {loss.item()} at step {step}")
                 loss.backward()
-                nn.utils.clip_grad_norm_(net.parameters(), clip)
+                if clip:
+                    nn.utils.clip_grad_norm_(net.parameters(), clip)
                 for group in optimizer.param_groups:
                     group["lr"] = rate(step, total)
                 optimizer.step()

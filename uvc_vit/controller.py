@@ -46,10 +46,11 @@ class UVCController:
         adapter: of the model.
         config: of the method.
         input_size: (height, width) of the images.
-        costs: measured ones in place of multiply-adds, see `LatencyTable`; accounting latency needs them.
+        costs: of accounting latency, and only of it: measured ones, see `LatencyTable`.
 
     Raises:
-        ValueError: where no plan can meet the budget, a protected block or the costs are not there;
+        ValueError: where no plan can meet the budget, warm-up takes all of stage 1, a protected block is not there, or
+            the costs do not go with the accounting;
             FloatingPointError: where the weights are not finite.
     """
 
@@ -63,8 +64,12 @@ class UVCController:
         self.costs = self.final_costs = exact if costs is None else costs
         if config.accounting == "released":
             self.costs = mac_costs(adapter.dims, self.tokens, self.embed_macs, "released", device)
-        if config.accounting == "latency" and costs is None:
-            raise ValueError("accounting latency needs costs: those of a LatencyTable")
+        if (config.accounting == "latency") != (costs is not None):
+            given = "none" if costs is None else "some"
+            raise ValueError(f"costs must be those of a LatencyTable for accounting latency, else none, got {given}")
+        if config.warmup_steps >= config.stage1_steps:
+            steps = f"the {config.stage1_steps} steps of stage 1"
+            raise ValueError(f"warmup_steps must be below {steps}, got {config.warmup_steps}")
         blocks = len(adapter.dims)
         self.free = torch.ones(blocks, dtype=torch.bool, device=device)
         for block in config.protect_blocks:
@@ -161,10 +166,11 @@ class UVCController:
         return finalise(self.variables, norms, self.final_costs, self.adapter.dims, budget, free=self.free, **flags)
 
     def floor(self) -> float:
-        """The least R that a plan can have and still keep a block that attends and has a neuron."""
+        """The least R that a plan can have and still keep a block that attends, in `align` dimensions, and a neuron."""
         costs = self.costs
         whole = costs.block + costs.head * costs.heads + costs.dim * costs.values.sum(-1) + costs.neuron * costs.hidden
-        least = costs.block + costs.head + costs.dim + costs.neuron if self.config.prune else whole
+        width = torch.where(costs.values.amax(-1) > self.config.align, self.config.align, 1).clamp(min=1)
+        least = costs.block + costs.head + costs.dim * width + costs.neuron if self.config.prune else whole
         least = torch.where(self.free, least, whole)
         held = (~self.free).any() or not self.config.skip
         needed = (least.sum() if not self.config.skip else least[~self.free].sum()) if held else least.min()

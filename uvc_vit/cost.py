@@ -32,7 +32,8 @@ def training_ratio(model: nn.Module, plan: Plan, layout: Layout, images: Tensor,
 
     def step(net: nn.Module) -> None:
         net.zero_grad()
-        logits = net(images)
+        outputs = net(images)
+        logits = torch.cat(outputs) if isinstance(outputs, tuple) else outputs  # those of a distillation token too
         F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long)).backward()
 
     def masked_step() -> None:

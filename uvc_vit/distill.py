@@ -66,16 +66,17 @@ class Teacher:
     Args:
         model: gives logits.
         classes: of the student.
-        known: its logits by step; what is asked for at a step that is there is not computed again.
+        known: its logits by step; what is asked for at a step that is there is not computed again, what is computed
+            stays there.
 
     Raises:
-        ValueError: where it has another number of classes than the student.
+        ValueError: where it says (`num_classes`) that it has other classes than the student.
     """
 
     def __init__(self, model: nn.Module, classes: int, known: dict[int, Tensor] | None = None) -> None:
         net: Any = copy.deepcopy(model).eval().requires_grad_(False)
-        if net.num_classes != classes:
-            raise ValueError(f"the teacher must have the student's {classes} classes, got {net.num_classes}")
+        if (found := getattr(net, "num_classes", classes)) != classes:
+            raise ValueError(f"the teacher must have the student's {classes} classes, got {found}")
         self.model, self.known = net, known
 
     @torch.no_grad()

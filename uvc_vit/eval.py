@@ -83,7 +83,7 @@ def left(plan: Plan) -> Metrics:
         dims = sum(len(plan.keep_dim[index][head]) for head in heads)
         shares["heads"].append(keep * len(heads) / max(sizes.heads, 1))
         shares["dims"].append(keep * dims / max(sum(sizes.v_dims), 1))
-        shares["neurons"].append(keep * len(plan.keep_mlp[index]) / sizes.hidden)
+        shares["neurons"].append(keep * len(plan.keep_mlp[index]) / max(sizes.hidden, 1))
     return {"blocks": sum(plan.keep_block), **shares}
 
 

@@ -1,7 +1,7 @@
 """From the method's real amounts to a plan of whole groups that meets the budget exactly."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,10 +75,10 @@ def finalise(
     """The plan nearest to the variables whose R is at most `budget` and within one group of it.
 
     Blocks whose gates are open stay, and those nearest to open while they fit, one more where even all groups of the
-    others do not use the budget up; then neurons with the least norm a
-    saved cost go (at least one of a block stays) until the budget is met, after them value dimensions, then heads,
-    then the blocks with the least open gates; and while the budget allows, the largest removed ones return. Without
-    `prune` only whole blocks go.
+    others do not use the budget up; then neurons with the least norm a saved cost go (at least one of a block stays)
+    until the budget is met, after them value dimensions, then heads, then the blocks with the least open gates; and the
+    largest removed neurons, dimensions and heads return until no more of them fits. Without `prune` only whole blocks
+    go.
 
     Args:
         now: the variables.
@@ -90,7 +90,7 @@ def finalise(
         skip: whether blocks may go.
         free: blocks that may be touched, (blocks,); None: all.
         align: where heads are wider, all heads of a block keep equally many value dimensions, a multiple of this, which
-            kernels like: their mean, rounded; 0: every head its own number.
+            kernels like: their mean, rounded; so many of each head are then one group. 0: every head its own number.
 
     Raises:
         ValueError: where nothing that may go suffices.
@@ -109,34 +109,46 @@ def finalise(
                 break
     if prune:
         choice.dims = _even(choice, norms, align, torch.round)
-        for kind in ("neurons", "dims", "heads"):
+        for kind in ("neurons", "dims"):
             _remove(choice, kind, norms, costs, limit, free)
         choice.dims = _even(choice, norms, align, torch.floor)
+        _remove(choice, "heads", norms, costs, limit, free)
     if skip:
         for block in gap.argsort(stable=True).tolist():
             if choice.cost(costs) > limit and free[block]:
                 choice.blocks[block] = False
     if choice.cost(costs) > limit:
         raise ValueError(f"budget must be at least {choice.cost(costs) / costs.dense.item():.4f} here, got {budget}")
-    if prune:
-        for kind in ("neurons", "dims", "heads"):
-            _restore(choice, kind, norms, costs, limit)
-        if not torch.equal(choice.dims, evened := _even(choice, norms, align, torch.floor)):  # single ones came back
-            choice.dims = evened
-            _restore(choice, "neurons", norms, costs, limit)
+    wide = _wide(norms, align)
+    while prune:
+        before = choice.cost(costs)
+        _restore(choice, "neurons", norms, costs, limit)
+        _restore(choice, "dims", norms, costs, limit, ~wide)
+        _widen(choice, norms, costs, limit, align)
+        _restore(choice, "heads", norms, costs, limit)
+        if choice.cost(costs) == before:
+            break
     return choice.plan(sizes)
 
 
 def _even(choice: Choice, norms: GroupNorms, align: int, whole: Callable[[Tensor], Tensor]) -> Tensor:
-    """The dims, in blocks with wider heads than `align` equally many in each head: their mean, rounded by `whole`."""
-    there, alive = norms.column.isfinite(), choice.heads & choice.dims.any(-1)
-    size = there.sum(-1).amax(-1, keepdim=True)
-    if not align or int(size.max()) <= align:
+    """The dims, in blocks with wider heads than `align` equally many in each head: their mean, rounded by `whole`.
+
+    Blocks with all dimensions there stay as they are.
+    """
+    if not (wide := _wide(norms, align)).any():
         return choice.dims
+    there, alive = norms.column.isfinite(), choice.heads & choice.dims.any(-1)
     mean = (choice.dims & alive[..., None]).sum((1, 2)) / alive.sum(-1).clamp(min=1)
-    width = (whole(mean[:, None] / align) * align).clamp(min=align).minimum(size)
-    kept = there & (ranks(torch.where(there, -norms.column, torch.inf)) < width[..., None])
-    return torch.where((size > align)[..., None], kept, choice.dims)
+    width = (whole(mean / align) * align).clamp(min=align)
+    kept = there & (ranks(torch.where(there, -norms.column, torch.inf)) < width[:, None, None])
+    whole_blocks = (choice.dims | ~there).flatten(1).all(-1)
+    return torch.where((wide & ~whole_blocks)[:, None, None], kept, choice.dims)
+
+
+def _wide(norms: GroupNorms, align: int) -> Tensor:
+    """Blocks that `align` acts on: those with a head wider than it, (blocks,)."""
+    return (norms.column.isfinite().sum(-1).amax(-1) > align) & (align > 0)
 
 
 def _unpruned(choice: Choice, norms: GroupNorms, without: int) -> Choice:
@@ -173,13 +185,29 @@ def _remove(choice: Choice, kind: str, norms: GroupNorms, costs: Costs, limit: f
     mask.view(-1)[candidates[order[:needed]]] = False
 
 
-def _restore(choice: Choice, kind: str, norms: GroupNorms, costs: Costs, limit: float) -> None:
-    """Bring removed groups of a kind back, the largest norm first, as long as the cost stays at most `limit`."""
+def _restore(
+    choice: Choice, kind: str, norms: GroupNorms, costs: Costs, limit: float, where: Tensor | None = None
+) -> None:
+    """Bring removed groups of a kind back, the largest norm first, as long as the cost stays at most `limit`.
+
+    Only in the blocks `where`, (blocks,); None: in all.
+    """
     room = limit - choice.cost(costs)
     mask, norm, saves = _groups(choice, kind, norms, costs)
-    candidates = (~mask & norm.isfinite() & (saves > 0) & (saves <= room)).flatten().nonzero().flatten()
+    gone = ~mask if where is None else ~mask & where.view(-1, *[1] * (mask.dim() - 1))
+    candidates = (gone & norm.isfinite() & (saves > 0) & (saves <= room)).flatten().nonzero().flatten()
     order = candidates[norm.flatten()[candidates].argsort(descending=True, stable=True)]
     for group, cost in zip(order.tolist(), saves.flatten()[order].tolist(), strict=True):
         if cost <= room:
             mask.view(-1)[group] = True
             room -= cost
+
+
+def _widen(choice: Choice, norms: GroupNorms, costs: Costs, limit: float, align: int) -> None:
+    """Bring `align` dimensions of every head of a wide block back, block by block, while the cost stays in `limit`."""
+    wider = _even(choice, norms, align, lambda steps: steps.floor() + 1)
+    for block, dims in enumerate(wider):
+        there = choice.dims.clone()
+        there[block] = dims
+        if choice.cost(costs) < replace(choice, dims=there).cost(costs) <= limit:
+            choice.dims = there

@@ -48,7 +48,7 @@ def present(sizes: Sequence[BlockDims], device: torch.device | None = None) -> t
     values = torch.tensor([[*dims.v_dims, *[0] * (most_heads - dims.heads)] for dims in sizes], device=device)
     hidden = torch.tensor([dims.hidden for dims in sizes], device=device)
     dimension = torch.arange(max(1, int(values.max())), device=device)
-    return dimension < values[:, :, None], torch.arange(int(hidden.max()), device=device) < hidden[:, None]
+    return dimension < values[:, :, None], torch.arange(max(1, int(hidden.max())), device=device) < hidden[:, None]
 
 
 def squared_columns(weight: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from common import distributed
 from uvc_vit.adapter import BlockDims, ViTAdapter
 from uvc_vit.finalise import finalise
 from uvc_vit.group_norms import GroupNorms
@@ -19,7 +20,12 @@ Batch = tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def uniform_plan(
-    scores: GroupNorms, costs: Costs, sizes: tuple[BlockDims, ...], budget: float, what: Literal["dims", "heads"]
+    scores: GroupNorms,
+    costs: Costs,
+    sizes: tuple[BlockDims, ...],
+    budget: float,
+    what: Literal["dims", "heads"],
+    align: int = 0,
 ) -> Plan:
     """Remove the lowest-scored neurons, and value dimensions or heads, by one ratio for all blocks; meets the budget.
 
@@ -29,6 +35,7 @@ def uniform_plan(
         sizes: of the blocks.
         budget: share of the dense cost.
         what: goes beside neurons. Where all that may go by ratio is not enough, `finalise` takes more.
+        align: see `finalise`; where the ratio leaves fewer dimensions than that, every head keeps its own number.
 
     Raises:
         ValueError: where nothing meets the budget.
@@ -37,21 +44,29 @@ def uniform_plan(
     keep, alive = torch.ones(len(sizes), device=most.device), costs.values > 0
     by_heads = torch.tensor([1.0 if what == "heads" else 0.0, 1.0], device=most.device)
 
-    def amounts(ratio: float) -> tuple[Tensor, Tensor]:
+    def amounts(ratio: float, step: int) -> tuple[Tensor, Tensor]:
         dims = costs.values - 1 if what == "dims" else torch.zeros_like(costs.values)
-        return (ratio * most * by_heads).clamp(min=0), (ratio * dims).clamp(min=0)
+        s, r = ((ratio * part).clamp(min=0).floor() for part in (most * by_heads, dims))
+        return s, torch.where(costs.values > step, r - r % step, r)
 
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        s, r = amounts(middle)
-        enough = resource(costs, s.floor(), r.floor(), keep, alive).share <= budget
-        low, high = (low, middle) if enough else (middle, high)
+    def least(step: int) -> tuple[Tensor, Tensor]:
+        """Amounts by the least ratio that is enough."""
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            enough = resource(costs, *amounts(middle, step), keep, alive).share <= budget
+            low, high = (low, middle) if enough else (middle, high)
+        return amounts(high, step)
+
     now = Variables.start(costs)
-    s, r = amounts(high)
-    now.s.copy_(s.floor())
-    now.r.copy_(r.floor())
-    return finalise(now, scores, costs, sizes, budget, skip=False)
+    s, r = least(1)
+    if align and bool((costs.values - r >= align)[alive].all()):
+        s, r = least(align)
+    else:
+        align = 0
+    now.s.copy_(s)
+    now.r.copy_(r)
+    return finalise(now, scores, costs, sizes, budget, skip=False, align=align)
 
 
 def random_scores(like: GroupNorms, generator: torch.Generator) -> GroupNorms:
@@ -86,7 +101,7 @@ def gradient_scores(
 
     Args:
         adapter: of the model, all heads of a block equally wide.
-        batches: images and targets.
+        batches: images and targets; of a data-parallel run this rank's part of them.
         loss: of logits and targets.
         like: gives the columns' part, which stays.
     """
@@ -111,6 +126,8 @@ def gradient_scores(
             heads[index, : adapter.dims[index].heads] += head_scores(*split)
     for handle in handles:
         handle.remove()
+    distributed.synchronize(model)
+    distributed.average_([heads])
     neuron = torch.full_like(like.neuron, torch.inf)
     for index, block in enumerate(adapter.blocks):
         score = neuron_scores(block.mlp.fc1.weight.grad, block.mlp.fc2.weight.grad)

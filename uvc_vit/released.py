@@ -5,11 +5,13 @@ weighted by the step's index and taken at other noise than R; outside +-z_clip t
 reached its bound stays there.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from common.config import require
 from uvc_vit.gate_values import noisy_keep
 from uvc_vit.group_norms import Ascending, GroupNorms, ranks
 from uvc_vit.prox import shrinkage
@@ -45,6 +47,13 @@ class ReleasedSettings:
     """R - budget acts on s, r and the gates within this only"""
     tau: float = 0.5
     """temperature of the noisy gates"""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            require(0 <= value < math.inf, f"method.released.{name}", value, "at least 0 and finite")
+        require(self.gate_momentum < 1, "method.released.gate_momentum", self.gate_momentum, "in [0, 1)")
+        require(self.gating_interval >= 1, "method.released.gating_interval", self.gating_interval, "at least 1")
+        require(self.tau > 0, "method.released.tau", self.tau, "positive")
 
 
 @dataclass
@@ -99,9 +108,9 @@ def released_step(
 
     task = task_grad + z * settings.gating_weight * (found.by_keep[:, None] * keep_slope).float()
     _step_gates(now, memory, task, settings)
-    most = torch.stack([costs.heads, costs.hidden], dim=1).float() - 1
+    most = torch.stack([costs.heads, costs.hidden], dim=1)
     _step_amounts(now.s, now.y * slope_s + z * found.by_amounts.float(), most, settings.slr)
-    _step_amounts(now.r, now.p * slope_r + z * found.by_dims.float(), costs.values.float() - 1, settings.rlr)
+    _step_amounts(now.r, now.p * slope_r + z * found.by_dims.float(), costs.values, settings.rlr)
 
     sums = torch.stack([heads.sum(now.s[:, 0]), neurons.sum(now.s[:, 1])], dim=1)
     now.y.add_(sums, alpha=settings.ylr).clamp_(min=0)
@@ -116,7 +125,8 @@ def _whole(costs: Costs, now: Variables, keep: Tensor, norms: GroupNorms) -> Res
     return resource(costs, now.s.ceil(), now.r.ceil(), keep, alive)
 
 
-def _step_amounts(amounts: Tensor, gradient: Tensor, most: Tensor, step: float) -> None:
+def _step_amounts(amounts: Tensor, gradient: Tensor, groups: Tensor, step: float) -> None:
+    most = (groups.float() - 1).clamp(min=0)
     full, empty = amounts >= most, amounts <= 0
     gradient = torch.where(full, gradient.clamp(min=0), gradient)
     gradient = torch.where(empty, gradient.clamp(max=0), gradient)

@@ -17,8 +17,9 @@ import torch
 
 from common.claims import report
 from common.config import command, dump
-from common.data import Splits, in_order, load, pixels
+from common.data import ImageSet, Splits, in_order, load, pixels, steps_per_epoch
 from common.study import Cell, run_study, study_config
+from uvc_vit.adapter import ViTAdapter
 from uvc_vit.audit import skipped_share
 from uvc_vit.choose import build, controller, network
 from uvc_vit.claims import CLAIMS
@@ -29,6 +30,7 @@ from uvc_vit.settings import UNSTRUCTURED, CompressionStudy, Config
 from uvc_vit.train import train
 
 HERE = Path(__file__).parent
+KEPT = 2**28  # bytes of the teacher's logits at most, for images in memory
 CELL_FIELDS = ("arms", "budget", "wide_arms", "wide_budget", "dense_epochs", "dense_lr", "dense_warmup")
 ONE_SHOT = ("dense", "magnitude", "random", "gradient", "drop-last", *UNSTRUCTURED)
 
@@ -48,7 +50,7 @@ def arm_config(config: Config, name: str, budget: float) -> Config:
     elif name == "kd-numel":
         config = replace(config, kd=replace(config.kd, reduction="numel"))
     elif name == "released":
-        method = replace(method, mode="released", accounting="released")
+        method = replace(method, mode="released", accounting="released", table="")
     return replace(config, method=method)
 
 
@@ -69,7 +71,7 @@ def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float
     train(dense, folder / "start", lambda fraction: progress(fraction * study.dense_epochs / whole))
     rows = [{"cell": {"arm": "start", "budget": 1.0}, "metrics": evaluate(folder / "start")}]
     config = replace(config, model=replace(config.model, weights=str(folder / "start" / "model.pt")))
-    logits: dict[int, torch.Tensor] = {}  # every arm asks the same teacher about the same images
+    logits = shared_logits(config, splits.train)
     for number, (name, budget) in enumerate(pairs):
         given = whole_blocks(config, splits, budget) if name in ("skip-only", "drop-last") else budget
         home = folder / f"{name}-{budget}"
@@ -83,11 +85,17 @@ def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float
     return rows
 
 
+def shared_logits(config: Config, data: ImageSet) -> dict[int, torch.Tensor] | None:
+    """Where arms keep the teacher's logits, which all ask about the same images; None where they would not be small."""
+    steps = (config.search.epochs + config.train.epochs) * steps_per_epoch(data, config.train.batch_size)
+    size = 4 * steps * config.train.batch_size * data.classes
+    return {} if isinstance(data.images, torch.Tensor) and size <= KEPT else None
+
+
 def whole_blocks(config: Config, splits: Splits, budget: float) -> float:
     """R of the fewest whole blocks that cost at least the budget: what arms of whole blocks are given."""
-    there = controller(
-        replace(config, method=replace(config.method, budget=1.0)), build(config, splits.train), splits.train, 1
-    )
+    config = replace(config, method=replace(config.method, budget=1.0))
+    there = controller(config, build(config, splits.train), splits.train)
     dense, blocks = there.costs.dense.item(), len(there.adapter.dims)
     block = (dense - there.costs.embed) / blocks
     left = [(there.costs.embed + block * count) / dense for count in range(1, blocks + 1)]
@@ -100,8 +108,9 @@ def audited(config: Config, splits: Splits, home: Path, trained: bool) -> dict[s
     The ratios of times are the only numbers of a study that may differ between two runs of it.
     """
     plan, model = read_plan(home / "plan.json"), network(config, splits.train)
-    there = controller(replace(config, method=replace(config.method, budget=1.0)), model, splits.train, 1)
-    found = {"skipped_share": skipped_share(plan, there.tokens, there.embed_macs)}
+    _, size = config.model.image_shape(splits.train)
+    adapter = ViTAdapter(model)
+    found = {"skipped_share": skipped_share(plan, adapter.tokens((size, size)), adapter.embed_macs((size, size)))}
     raw = torch.cat([images for images, _ in islice(in_order(splits.test, 64), 1)])
     images = config.model.normalize(pixels(raw))
     found["latency_ratio"] = latency_ratio(model, plan, config.layout, images)
@@ -135,6 +144,8 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
     config = study_config(Config, HERE / "configs", whole_grid(sys.argv[1:] if arguments is None else arguments))
     load(config.data)  # once, before any cell: a download happens here, a data set that is not there ends here
+    for name, budget in config.study.pairs():
+        arm_config(config, name, budget)  # what cannot be is refused before any cell
     cells = [Cell({}, seed) for seed in config.study.seeds]
     kept = {field: getattr(config.study, field) for field in CELL_FIELDS}
     one = replace(config, study=CompressionStudy(**kept))

@@ -92,7 +92,8 @@ def mac_costs(
         cost, values = block_macs(dims, tokens), max(sum(dims.v_dims), 1)
         in_head = cost.v_rows if accounting == "released" else 0
         per_head = (cost.qk_rows + cost.qk + in_head) / max(dims.heads, 1)
-        rows.append((0.0, per_head, (cost.av + cost.proj + cost.v_rows - in_head) / values, 2 * cost.fc1 / dims.hidden))
+        per_value = (cost.av + cost.proj + cost.v_rows - in_head) / values
+        rows.append((0.0, per_head, per_value, 2 * cost.fc1 / max(dims.hidden, 1)))
     columns, neurons = present(sizes, device)
     block, head, dim, neuron = torch.tensor(rows, dtype=torch.float64, device=device).unbind(1)
     return Costs(embed_macs, block, head, dim, neuron, columns.sum(-1).double(), neurons.sum(-1).double())

@@ -131,6 +131,8 @@ class Config:
         require(
             self.arm != "uvc" or self.search.epochs > 0, "search.epochs", self.search.epochs, "positive for arm uvc"
         )
+        timed = self.method.accounting == "latency"
+        require(bool(self.method.table) or not timed, "method.table", self.method.table, "set for accounting latency")
         for name in ("ema", "erasing"):
             require(getattr(self.train, name) == 0, f"train.{name}", getattr(self.train, name), "0 here")
         require(self.train.schedule == "steps", "train.schedule", self.train.schedule, "steps here")

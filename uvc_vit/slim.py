@@ -16,15 +16,15 @@ Layout = Literal["padded", "grouped"]
 
 
 @torch.no_grad()
-def slim(model: nn.Module, plan: Plan, layout: Layout = "padded") -> nn.Module:
+def slim(model: nn.Module, plan: Plan, layout: Layout = "grouped") -> nn.Module:
     """A copy of `model` without what the plan removes; weights equal, no mask left.
 
     Args:
         model: the plan's, masked or not.
         plan: what stays.
-        layout: "padded": all heads of a block get as many value dimensions as its widest, the missing ones zero, and
-            need no slicing (zeros stay zero in training: each side of the product has gradient 0); "grouped": heads
-            sorted by their number of value dimensions, none of which is only padding.
+        layout: "grouped": heads sorted by their number of value dimensions, none of which is only padding; "padded":
+            all heads of a block get as many value dimensions as its widest, the missing ones zero, and need no slicing
+            (zeros stay zero in training: each side of the product has gradient 0).
 
     Raises:
         ValueError: where the plan is for another model, or layout is unknown.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from common import distributed
@@ -23,8 +22,10 @@ from common.experiment import accuracy, train_command
 from common.masks import Masks
 from common.runs import NonFiniteError, Run, generator, read_json, save_checkpoint, seed_everything, write_atomically
 from uvc_vit.choose import choose, controller, network, pruning, stream
+from uvc_vit.decay import decay_groups
 from uvc_vit.distill import Teacher, distilled_loss
 from uvc_vit.plan import Plan
+from uvc_vit.replicas import broadcast_, broadcast_text
 from uvc_vit.schedule import warmup_cosine
 from uvc_vit.settings import Config
 from uvc_vit.slim import slim
@@ -82,6 +83,7 @@ def _fit(
         plan, saved = _search(config, run, splits, model, loss, search, saved), None
     else:
         plan = choose(config, model, splits.train)
+    plan = Plan.from_json(broadcast_text(plan.to_json()))
     small = slim(model, plan, config.layout)
     sparse = pruning(config, small, splits.train, total)
     if sparse is not None:
@@ -115,7 +117,7 @@ def _search(
     method = controller(config, model, splits.train, steps)
     method.attach()
     gates, released = method.parameters(), config.method.mode == "released"
-    groups = param_groups_weight_decay(model, options.weight_decay)
+    groups = decay_groups(model, options.weight_decay)
     if released:  # the authors' weights' optimiser moves the gates too
         groups = [*groups, {"params": gates, "weight_decay": options.weight_decay}]
     optimizer = torch.optim.AdamW(groups, lr=config.search.lr, fused=True)
@@ -154,6 +156,7 @@ def _search(
         position = step + 1
         run.log(position, "search", R=info.R, z=info.z, target=info.target)
         if position % per_epoch == 0:
+            broadcast_([*vars(method.variables).values(), method.memory.total, method.memory.momentum])
             run.log(position, "train", epoch=position // per_epoch, loss=distributed.mean(value.item()))
     method.detach()
     return method.as_is() if released else method.finalise()
@@ -173,7 +176,7 @@ def _tune(
 ) -> None:
     """Stage 2: the steps [first, total) of the run train what is left."""
     options, per_epoch = config.train, steps_per_epoch(splits.train, config.train.batch_size)
-    groups = param_groups_weight_decay(model, options.weight_decay)
+    groups = decay_groups(model, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
     position = first
     if saved is not None:

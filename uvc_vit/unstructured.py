@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn, optim
 
+from common import distributed
 from common.masks import Masks, keep_top, prunable_weights, saliency_scores
 
 PRUNINGS = 20  # of gradual pruning, from a sixth of training to its half: steps 62,500 to 187,500 of 375,000
@@ -22,10 +23,14 @@ def taylor_scores(
     batches: Iterable[tuple[Tensor, Tensor]],
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """|weight times its gradient summed over the batches|: the first-order change of the loss without it."""
+    """|weight times its gradient summed over the batches|: the first-order change of the loss without it.
+
+    Of a data-parallel run `batches` are this rank's part of them.
+    """
     model.zero_grad()
     for inputs, targets in batches:
         loss(model(inputs), targets).backward()
+    distributed.synchronize(model)
     gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
     model.zero_grad()
     return saliency_scores(weights, gradients)

@@ -68,7 +68,7 @@ class UVCConfig:
         require(0 < self.budget <= 1, "method.budget", self.budget, "in (0, 1]")
         require(self.prune or self.skip or self.budget == 1, "method.prune", self.prune, "true where skip is false")
         timed = self.accounting == "latency"
-        require(timed == bool(self.table), "method.table", self.table, "set for accounting latency, and only for it")
+        require(timed or not self.table, "method.table", self.table, "empty but for accounting latency")
         require(self.stage1_steps >= 1, "method.stage1_steps", self.stage1_steps, "at least 1")
         require(self.warmup_steps >= 0, "method.warmup_steps", self.warmup_steps, "at least 0")
         require(self.align >= 0, "method.align", self.align, "at least 0")

@@ -71,7 +71,7 @@ def half() -> list[Ratio]:
     for accounting in ("exact", "latency"):
         adapter = ViTAdapter(model)
         costs = measured.costs(adapter) if accounting == "latency" else None
-        options = UVCConfig(stage1_steps=SEARCH, accounting=accounting, table="" if costs is None else "measured")
+        options = UVCConfig(stage1_steps=SEARCH, accounting=accounting)
         method = UVCController(adapter, options, SIZE, costs)
         weights = copy.deepcopy(model.state_dict())
         for _ in range(SEARCH):

@@ -38,7 +38,13 @@ def world(changed: dict[tuple[str, float], dict[str, float]] | None = None) -> l
             metrics: dict[str, Any] = {"test_accuracy": after + noise, "before_accuracy": before + noise}
             metrics |= {"share": 1.0 if arm in ("start", "dense") else budget * (1 - 0.001 * (1 + seed))}
             metrics |= {"skipped_share": 0.99 if arm == "released" else 0.0, "latency_ratio": 0.6 + noise / 10}
-            metrics |= {"stage2_ratio": 1.8 + noise, "heads": [1, 0.5], "dims": [1, 0.5], "neurons": [1, 0.2]}
+            metrics |= {
+                "blocks": 2,
+                "stage2_ratio": 1.8 + noise,
+                "heads": [1, 0.5],
+                "dims": [1, 0.5],
+                "neurons": [1, 0.2],
+            }
             if arm == "uvc":
                 metrics |= {"search_step": [1, 9], "search_R": [1, 0.5], "search_z": [0, 9], "search_target": [1, 0.5]}
             metrics |= (changed or {}).get((arm, budget), {})
@@ -87,6 +93,16 @@ def test_arms_that_were_not_run_leave_their_claims_open() -> None:
     found = verdicts(rows)
     assert {name for name, verdict in found.items() if verdict == "held"} == {"S1", "S8a", "S9", "S10"}
     assert set(found.values()) == {"held", "inconclusive"}
+
+
+def test_saving_by_skips_is_judged_by_seeds_with_a_block_left() -> None:
+    rows = world({("released", 0.5): {"blocks": 0, "skipped_share": 1.0}})
+    assert verdicts(rows)["S8b"] == "inconclusive"
+    for row in rows:
+        if row["cell"]["arm"] == "released" and row["seed"] < 2:
+            row["metrics"] |= {"blocks": 1, "skipped_share": 0.97}
+    (found,) = (claim for claim in judge(CLAIMS, rows) if claim["id"] == "S8b")
+    assert found["verdict"] == "held" and found["values"] == [0.97, 0.97]
 
 
 def test_figures_show_every_arm() -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from uvc_vit import UVCConfig, compress
+from uvc_vit import Plan, UVCConfig, compress, slim
 from uvc_vit.distill import KDConfig
 from uvc_vit.macs import count_flops, macs
 from uvc_vit.tests import nets
-from uvc_vit.tests.test_slim import distilled
+from uvc_vit.tests.test_slim import changed, distilled
 
 LOADER = [(nets.images(8, seed=batch), torch.arange(8) % 5) for batch in range(4)]
 
@@ -56,6 +56,36 @@ def test_a_model_can_be_compressed_twice() -> None:
     assert (macs(second.model, (16, 16)) - 80) / whole == pytest.approx(first.share * second.share, rel=1e-12)
 
 
+@pytest.mark.parametrize("mode", ["solve", "fixed"])
+def test_a_model_with_a_block_without_neurons_or_heads_can_be_compressed(mode: Any) -> None:
+    model = nets.vit(depth=4)
+    once = slim(model, changed(model, keep_mlp=()))
+    bare = slim(once, changed(once, 2, keep_head=(False, False)))
+    found = compress(bare, LOADER, (16, 16), UVCConfig(budget=0.5, mode=mode), epochs=(1, 1))
+    assert 0.48 < found.share <= 0.5
+
+
+@pytest.mark.parametrize(("dim", "align"), [(16, 8), (32, 0)])  # heads of 8, no wider than align; of 16 without it
+def test_the_plan_rebuilds_the_model_that_its_weights_fit(dim: int, align: int) -> None:
+    found = compress(nets.vit(dim=dim), LOADER, (16, 16), UVCConfig(align=align), epochs=(2, 1))
+    assert any(len(set(sizes.v_dims)) > 1 for sizes in found.plan.left())  # heads of unequal width
+    fresh: Any = slim(nets.vit(dim=dim, seed=5), Plan.from_json(found.plan.to_json())).eval()
+    fresh.load_state_dict(found.model.state_dict())
+    assert torch.equal(fresh(nets.images()), found.model(nets.images()))
+
+
+def test_without_a_clip_gradients_are_as_they_are() -> None:
+    one, two = (compressed(nets.vit(), clip=clip) for clip in (0, 1e9))
+    assert torch.equal(one.model(nets.images()), two.model(nets.images()))
+
+
+def test_any_module_that_gives_logits_can_teach() -> None:
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
+    torch.manual_seed(0)
+    found = [compressed(nets.vit(), teacher=net) for net in (teacher, None)]
+    assert not torch.equal(*(one.model(nets.images()) for one in found))
+
+
 def test_a_budget_of_one_gives_the_dense_model() -> None:
     model = nets.vit()  # [25]
     found = compressed(model, 1.0)
@@ -76,6 +106,10 @@ def test_what_cannot_be_is_refused_before_any_training() -> None:
 
     with pytest.raises(ValueError, match=r"budget must be at least 0\.\d+ for this model, got 0.001"):  # [25]
         compress(nets.vit(), Loader(), (16, 16), UVCConfig(budget=0.001))
+    with pytest.raises(ValueError, match="mode must be solve or fixed here, got released"):
+        compress(nets.vit(), Loader(), (16, 16), UVCConfig(mode="released", accounting="released"))
+    with pytest.raises(ValueError, match="warmup_steps must be below the 8 steps of stage 1, got 8"):
+        compress(nets.vit(), Loader(), (16, 16), UVCConfig(warmup_steps=8), epochs=(2, 2))
     with pytest.raises(ValueError, match="the teacher must have the student's 5 classes, got 7"):
         compress(nets.vit(), Loader(), (16, 16), UVCConfig(), teacher=nets.vit(num_classes=7))
 

@@ -121,16 +121,31 @@ def test_under_autocast_the_method_stays_in_float32() -> None:
 
 
 def test_stochastic_depth_and_dropout_do_not_touch_the_plan() -> None:
-    plain = controller(nets.vit())  # [30]
-    noisy = controller(nets.vit(drop_path_rate=0.3, attn_drop_rate=0.2, proj_drop_rate=0.1))
-    for method in (plain, noisy):
-        for _ in range(STEPS):
-            method.adapter.model.train()(nets.images())
-            method.step()
-    assert plain.finalise() == noisy.finalise()
+    noise = {"drop_path_rate": 0.3, "attn_drop_rate": 0.2, "proj_drop_rate": 0.1}  # [30]
+    plain, noisy, twin = (controller(nets.vit(**options)) for options in ({}, noise, {}))
+    for method in (plain, noisy, twin):
+        method.attach()
+    train(plain, STEPS - 1)
+    train(noisy, STEPS - 1)
+    fc2 = [method.adapter.blocks[1].mlp.fc2.weight for method in (plain, noisy)]
+    assert not torch.allclose(*fc2, rtol=0, atol=1e-4)  # the noise was there in training
+
+    twin.adapter.model.load_state_dict(noisy.adapter.model.state_dict())
+    twin.load_state_dict(noisy.state_dict())
+    for method in (noisy, twin):
+        method.adapter.model.train()
+        method.gates.logits.grad = torch.full((3, 2), 0.1)
+        method.step()
+    for key, value in twin.variables.state_dict().items():
+        assert torch.equal(value, noisy.variables.state_dict()[key]), key
     plan = noisy.finalise()
-    smaller = slim(noisy.adapter.model, plan)
-    assert smaller.blocks[0].attn.attn_drop.p == 0.2 and smaller.blocks[-1].attn.proj_drop.p == 0.1
+    assert plan == twin.finalise() and 0.48 < noisy.resource(plan) <= 0.5
+    noisy.detach()
+    model = noisy.adapter.model
+    smaller = slim(model, plan)
+    assert not torch.equal(smaller(nets.images()), smaller(nets.images()))
+    apply_plan(model, plan)
+    verify(model.eval(), smaller.eval(), nets.images(7))
 
 
 # Refusals
@@ -142,13 +157,21 @@ def test_an_impossible_budget_is_refused(budget: float) -> None:
         UVCConfig(budget=budget)
 
 
+@pytest.mark.parametrize("dim", [16, 64])  # heads of 8, and of 32, which keep at least `align` dimensions
 @pytest.mark.parametrize("arms", [{}, {"prune": False}, {"skip": False}, {"protect_blocks": [1]}])
-def test_a_budget_below_the_floor_is_refused_with_the_floor_which_itself_can_be_met(arms: dict[str, Any]) -> None:
+def test_a_budget_below_the_floor_is_refused_with_the_floor_which_itself_can_be_met(
+    arms: dict[str, Any], dim: int
+) -> None:
     with pytest.raises(ValueError, match=r"budget must be at least 0\.\d{4} for this model, got 0.01") as error:  # [25]
-        controller(nets.vit(), budget=0.01, **arms)
+        controller(nets.vit(dim=dim), budget=0.01, **arms)
     floor = float(str(error.value).split()[5]) + 1e-4
-    method = controller(nets.vit(), budget=floor, **arms)
+    method = controller(nets.vit(dim=dim), budget=floor, **arms)
     assert method.resource(method.finalise()) <= floor
+
+
+def test_a_warm_up_that_takes_all_of_stage_1_is_refused() -> None:
+    with pytest.raises(ValueError, match="warmup_steps must be below the 12 steps of stage 1, got 12"):
+        controller(nets.vit(), warmup_steps=12)
 
 
 def test_weights_that_are_not_numbers_stop_the_method_with_the_step() -> None:

@@ -15,10 +15,12 @@ from common.tests.paper_checks import quiet, said
 from uvc_vit import latency
 from uvc_vit.adapter import BlockDims, ViTAdapter
 from uvc_vit.controller import UVCController
+from uvc_vit.cost import latency_ratio, training_ratio
 from uvc_vit.eval import read_plan
 from uvc_vit.latency import LatencyTable, fit, measure, variants
 from uvc_vit.plan import Plan
 from uvc_vit.tests import nets
+from uvc_vit.tests.test_slim import changed, distilled
 from uvc_vit.tests.test_train import config
 from uvc_vit.train import train
 from uvc_vit.uvc_config import UVCConfig
@@ -34,7 +36,7 @@ def table(**parts: Any) -> LatencyTable:
 
 def controller(costs: LatencyTable, **settings: Any) -> UVCController:
     adapter = ViTAdapter(nets.vit())
-    options = UVCConfig(accounting="latency", table="t", stage1_steps=30, **settings)
+    options = UVCConfig(accounting="latency", stage1_steps=30, **settings)
     return UVCController(adapter, options, (16, 16), costs.costs(adapter))
 
 
@@ -79,6 +81,14 @@ def test_a_network_is_timed_block_by_block() -> None:
     assert found.block[0] + 2 * found.head[0] + 16 * found.dim[0] + 32 * found.neuron[0] > 0
 
 
+def test_stage_2_is_timed_on_a_network_with_two_outputs_too() -> None:
+    model = distilled()
+    model.set_distilled_training(True)
+    plan = changed(model, keep_mlp=(1, 2))
+    for measured in (latency_ratio, training_ratio):
+        assert measured(model, plan, "grouped", nets.images(), 1) > 0
+
+
 def test_a_run_uses_the_table_that_the_command_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     smoke = Path(latency.__file__).parent / "configs" / "smoke.yaml"
     path = tmp_path / "table.json"
@@ -114,10 +124,12 @@ def test_tables_that_are_not_there_or_not_the_models_are_refused(tmp_path: Path)
         LatencyTable.read(tmp_path / "no.json")
     with pytest.raises(ValueError, match="plan block 0 is for hidden 32, the model has 64"):
         table().costs(ViTAdapter(nets.vit(mlp_ratio=4.0)))
-    with pytest.raises(ConfigError, match=r"method\.table must be set for accounting latency"):
-        UVCConfig(accounting="latency")
-    with pytest.raises(ValueError, match="needs costs"):
-        UVCController(ViTAdapter(nets.vit()), UVCConfig(accounting="latency", table="t"), (16, 16))
+    adapter = ViTAdapter(nets.vit())
+    for accounting, costs, given in (("latency", None, "none"), ("exact", table().costs(adapter), "some")):
+        options = UVCConfig(accounting=accounting)  # type: ignore[arg-type]
+        message = f"costs must be those of a LatencyTable for accounting latency, else none, got {given}"
+        with pytest.raises(ValueError, match=message):
+            UVCController(adapter, options, (16, 16), costs)
 
 
 def test_a_table_survives_its_file(tmp_path: Path) -> None:

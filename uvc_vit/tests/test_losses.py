@@ -188,6 +188,19 @@ def test_one_shot_plans_meet_the_budget_with_one_ratio(budget: float) -> None:
     assert len({sum(heads) for heads in plan.keep_head}) == 1 and len(plan.keep_dim[0][0]) == 8
 
 
+def test_one_shot_plans_keep_whole_steps_of_dimensions_where_one_ratio_can() -> None:
+    adapter = ViTAdapter(nets.vit(depth=3, dim=64, heads=2))  # heads of 32
+    there = UVCController(adapter, UVCConfig(), (16, 16))
+    norms, arguments = group_norms(adapter), (there.final_costs, adapter.dims)
+    for budget, width in ((0.8, 24), (0.6, 16)):
+        plan = uniform_plan(norms, *arguments, budget, "dims", align=8)
+        assert {len(dims) for heads in plan.keep_dim for dims in heads} == {width}
+        assert budget - 0.01 < there.resource(plan) <= budget
+    least = uniform_plan(norms, *arguments, 0.36, "dims", align=8)  # leaves 4 dimensions
+    assert least == uniform_plan(norms, *arguments, 0.36, "dims") and all(map(all, least.keep_head))
+    assert {len(dims) for heads in least.keep_dim for dims in heads} == {4}
+
+
 def test_a_one_shot_plan_keeps_the_highest_scores() -> None:
     there = method()
     norms = group_norms(there.adapter)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from common.config import parse
+from common.data import ImageFiles, ImageSet
 from common.study import scale_arguments
 from common.tests.paper_checks import (
     check_a_killed_study_goes_on,
@@ -22,7 +25,7 @@ from uvc_vit.adapter import BlockDims
 from uvc_vit.audit import log_error, skipped_share
 from uvc_vit.claims import CLAIMS, overshoot
 from uvc_vit.plan import Plan
-from uvc_vit.reproduce import HERE, arm_config, reproduce, trajectory, whole_grid
+from uvc_vit.reproduce import HERE, arm_config, reproduce, shared_logits, trajectory, whole_grid
 from uvc_vit.settings import STUDY_ARMS, UNSTRUCTURED, Config
 
 PAIRS = [("start", 1.0), ("uvc", 0.5), ("skip-only", 0.5), ("magnitude", 0.5)]
@@ -73,6 +76,7 @@ def test_wrong_options_are_refused_before_anything_is_written(tmp_path: Path) ->
     for wrong, message in (
         (["--study.arms", "[uvc, magic]"], "study.arms must be some of uvc"),
         (["--study.budget", "0"], r"study.budget must be in \(0, 1\], got 0"),
+        (["--method.skip", "false"], "method.prune must be true where skip is false"),  # of arm skip-only
         (["--scale", "huge"], "--scale must be one of"),
     ):
         check_study_refuses(reproduce, tmp_path, wrong, message)
@@ -94,6 +98,20 @@ def test_an_arm_differs_from_the_full_method_only_in_its_own_setting(name: str) 
     arms = ("dense", "magnitude", "random", "gradient", "drop-last", *UNSTRUCTURED)
     assert found.arm == (name if name in arms else "uvc")
     assert (found.train, found.search, found.seed) == (config.train, config.search, config.seed)
+
+
+def test_the_released_arm_counts_as_released_where_the_others_are_timed() -> None:
+    config = parse(Config, scale_arguments(HERE / "configs", ["--scale", "smoke"]), prog="reproduce")
+    timed = replace(config, method=replace(config.method, accounting="latency", table="table.json"))
+    assert arm_config(timed, "released", 0.5).method == arm_config(config, "released", 0.5).method
+
+
+def test_the_teachers_logits_are_kept_where_they_are_few() -> None:
+    config = parse(Config, scale_arguments(HERE / "configs", ["--scale", "demo"]), prog="reproduce")
+    images, labels = torch.zeros(4000, 1, 28, 28, dtype=torch.uint8), torch.zeros(4000, dtype=torch.long)
+    assert shared_logits(config, ImageSet(images, labels, 10)) == {}
+    assert shared_logits(config, ImageSet(images, labels, 100_000)) is None
+    assert shared_logits(config, ImageSet(ImageFiles(["file"] * 4000, config.data), labels, 10)) is None
 
 
 def test_seeds_full_stand_for_the_whole_grid() -> None:

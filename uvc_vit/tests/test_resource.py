@@ -13,6 +13,7 @@ from torch import Tensor
 from uvc_vit.adapter import BlockDims, ViTAdapter
 from uvc_vit.group_norms import group_norms, ranks
 from uvc_vit.macs import block_macs, count_flops, macs
+from uvc_vit.plan import Plan
 from uvc_vit.resource import Accounting, Costs, Resource, mac_costs, resource
 from uvc_vit.tests import nets
 
@@ -69,6 +70,23 @@ def test_the_worked_example(accounting: Accounting, macs_left: int, by_dim: int)
     assert found.share.item() == pytest.approx(macs_left / 6020, abs=1e-9)
     assert found.by_amounts[0].tolist() == pytest.approx([-840 / 6020, -80 / 6020], abs=1e-9)
     assert found.by_dims[0].tolist() == pytest.approx([0, -by_dim / 6020], abs=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "macs_left"), [("released", 3120), ("exact", 2960), ("padded", 3065)])
+def test_a_plan_counts_the_worked_example(kind: Any, macs_left: int) -> None:
+    dims, neurons = tuple(range(4)), tuple(range(16))  # [4] block 1 runs by half: the mean of with it and without
+    found = []
+    for runs in (True, False):
+        plan = Plan(
+            sizes=(BlockDims(8, 4, (4, 4), 16),) * 2,
+            keep_block=(True, runs),
+            keep_head=((False, True), (True, True)),
+            keep_dim=((dims, dims[:2]), (dims[:3], dims[:1])),
+            keep_mlp=(neurons[:12], neurons),
+        )
+        assert plan.share(5, 100, kind) == pytest.approx(plan.macs(5, 100, kind) / 6020, abs=1e-12)
+        found.append(plan.macs(5, 100, kind))
+    assert sum(found) / 2 == macs_left
 
 
 @pytest.mark.parametrize("gates", ["nogate", "l0", "gumbel"])

@@ -109,6 +109,8 @@ def test_every_kind_of_vision_transformer_can_be_slimmed(name: str, layout: Layo
     smaller = slim(model, plan, layout)
     verify(masked(model, plan), smaller, nets.images(7, side))
     assert count_flops(smaller, (side, side)) == 2 * macs(smaller, (side, side))  # [14]
+    model = model.double()
+    verify(masked(model, plan), slim(model, plan, layout), nets.images(7, side).double(), 1e-12)
 
 
 def test_fused_attention_sees_values_as_wide_as_queries_and_equals_the_plain_one(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from timm import create_model
 
-from uvc_vit.adapter import ViTAdapter
+from uvc_vit.adapter import BlockDims, ViTAdapter
+from uvc_vit.controller import UVCController
 from uvc_vit.finalise import finalise
 from uvc_vit.group_norms import GroupNorms, group_norms
 from uvc_vit.plan import Plan
 from uvc_vit.prox import divide_columns, shrinkage
-from uvc_vit.resource import Costs, mac_costs
+from uvc_vit.resource import mac_costs
 from uvc_vit.solve import Outcome, Relative, solve_step
 from uvc_vit.tests import nets
 from uvc_vit.uvc_config import UVCConfig
@@ -202,15 +202,14 @@ def test_a_budget_that_cannot_be_met_is_refused_with_what_can() -> None:
 
 def test_deit_tiny_with_random_weights_meets_half() -> None:
     torch.manual_seed(0)  # [11]
-    model = create_model("deit_tiny_patch16_224")
-    adapter = ViTAdapter(model)
-    tokens, embed = adapter.tokens((224, 224)), adapter.embed_macs((224, 224))
-    costs: Costs = mac_costs(adapter.dims, tokens, embed)
-    now, norms = Variables.start(costs), group_norms(adapter)
-    now = replace(now, s=now.s + torch.tensor([0.6, 100]), r=now.r + 10)
-    plan = finalise(now, Relative.of(norms)(norms), costs, adapter.dims, 0.5)
-    assert 0.4985 < plan.share(tokens, embed) <= 0.5025
-    assert all(sizes.heads >= 1 and sizes.hidden >= 1 for sizes in plan.left())
+    method = UVCController(ViTAdapter(create_model("deit_tiny_patch16_224")), UVCConfig(stage1_steps=30), (224, 224))
+    for _ in range(30):
+        method.step()
+    plan = method.finalise()
+    assert 0.4985 < method.resource(plan) <= 0.5025
+    for sizes in plan.left():
+        (width,) = set(sizes.v_dims)
+        assert width % 8 == 0 and sizes.hidden >= 1
 
 
 @pytest.mark.parametrize("budget", [0.9, 0.6, 0.3])
@@ -237,9 +236,42 @@ def test_aligned_heads_of_a_block_keep_equally_many_dimensions_within_one_neuron
                 assert set(kept[head]) == set(largest[head, :width].tolist())
 
 
+def test_a_protected_block_keeps_heads_whose_width_is_no_multiple_of_the_alignment() -> None:
+    sizes = (BlockDims(32, 12, (12, 12), 64),) * 2
+    costs = mac_costs(sizes, 17, 5000)
+    norms = GroupNorms(torch.rand(2, 2, 12), torch.rand(2, 2), torch.rand(2, 64))
+    free = torch.tensor([False, True])
+    plan = finalise(Variables.start(costs), norms, costs, sizes, 0.8, skip=False, free=free, align=8)
+    assert plan.left()[0] == sizes[0] and plan.left()[1].hidden < 64
+
+
 def test_heads_no_wider_than_the_alignment_keep_their_own_numbers() -> None:
     trial = Trial()
     trial.now.r.copy_(torch.tensor([[0.0, 1, 2, 3]] * 4))
     arguments = (trial.now, trial.norms(), trial.costs, trial.adapter.dims, 0.6)
     plan = finalise(*arguments, align=8)
     assert plan == finalise(*arguments) and len({len(dims) for dims in plan.keep_dim[0]}) == 4
+
+
+@pytest.mark.parametrize("align", [0, 8])
+@pytest.mark.parametrize("seed", range(8))
+def test_nothing_that_is_removed_would_still_fit(seed: int, align: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    sizes = (BlockDims(32, 16, (16, 16, 16), 8),) * 3
+    costs = mac_costs(sizes, 17, 5000)
+    columns, neurons = torch.rand(3, 3, 16, generator=draw), torch.rand(3, 8, generator=draw)
+    now = Variables.start(costs)
+    now.s.copy_(torch.rand(3, 2, generator=draw) * torch.tensor([2.0, 3]))  # few neurons: heads and dimensions return
+    now.r.copy_(torch.rand(3, 3, generator=draw) * 15)
+    budget = 0.3 + 0.6 * torch.rand((), generator=draw).item()
+    plan = finalise(now, GroupNorms(columns, columns.sum(-1), neurons), costs, sizes, budget, skip=False, align=align)
+    left = costs.dense.item() * budget - plan.macs(17, 5000)
+    assert left >= 0
+    for block in range(3):
+        head, dim, neuron = (part[block].item() for part in (costs.head, costs.dim, costs.neuron))
+        heads = plan.heads(block)
+        widths = [len(plan.keep_dim[block][place]) for place in heads]
+        assert len(plan.keep_mlp[block]) == 8 or neuron > left
+        assert min(widths) == 16 or dim * (len(heads) * 8 if align else 1) > left
+        gone = [len(plan.keep_dim[block][place]) for place in range(3) if place not in heads]
+        assert all(head + dim * width > left for width in gone)

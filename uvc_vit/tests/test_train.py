@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from common.config import ConfigError, parse
-from common.runs import NonFiniteError, load_checkpoint, read_json
+from common.data import load
+from common.runs import NonFiniteError, load_checkpoint, read_json, seed_everything
 from common.tests import children
 from common.tests.paper_checks import (
     check_eval_refuses,
@@ -25,7 +26,11 @@ from common.tests.paper_checks import (
 )
 from uvc_vit import eval as evaluation
 from uvc_vit import train as training
+from uvc_vit.adapter import ViTAdapter
+from uvc_vit.choose import choose, network
+from uvc_vit.plan import Plan
 from uvc_vit.settings import UNSTRUCTURED, Config
+from uvc_vit.tests import two_ranks
 from uvc_vit.train import train
 
 SCRIPT = Path(training.__file__)
@@ -50,12 +55,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a trained network: a fresh classifier is zero, and so is every gradient below it."""
+    folder = tmp_path_factory.mktemp("dense") / "run"
+    train(config("--arm", "dense"), folder, quiet)
+    return folder / "model.pt"
+
+
 # What a run is
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_ends_within_the_budget_by_torchs_count(arm: str, tmp_path: Path) -> None:
-    train(config("--arm", arm, "--method.budget", 0.6), tmp_path / "run", quiet)
+def test_every_arm_ends_within_the_budget_by_torchs_count(arm: str, weights: Path, tmp_path: Path) -> None:
+    train(config("--arm", arm, "--method.budget", 0.6, "--model.weights", weights), tmp_path / "run", quiet)
     metrics = evaluation.evaluate(tmp_path / "run")
     assert metrics["macs"] == metrics["counted_macs"]
     whole = arm in ("dense", *UNSTRUCTURED)
@@ -64,8 +77,10 @@ def test_every_arm_ends_within_the_budget_by_torchs_count(arm: str, tmp_path: Pa
     assert (metrics["parameter_share"] < 1) == (not whole)
     assert metrics["density"] == pytest.approx(0.6 if arm in UNSTRUCTURED else 1, abs=1e-3)
     assert len(losses(tmp_path / "run")) == 2
-    before = load_checkpoint(tmp_path / "run" / "before.pt")["model"]["blocks.0.mlp.fc1.weight"]
-    assert (before == 0).any() == (arm in ("omp", "taylor"))  # gone before stage 2; gmp begins in it
+    before = load_checkpoint(tmp_path / "run" / "before.pt")["model"]
+    there = before["blocks.0.mlp.fc1.weight"] != 0
+    assert there.all() != (arm in ("omp", "taylor"))  # gone before stage 2; gmp begins in it
+    assert before["patch_embed.proj.weight"].any()  # the first to go where all scores are equal
 
 
 @pytest.mark.parametrize(("name", "left"), [("prune", 3), ("skip", None)])
@@ -85,9 +100,7 @@ def test_the_released_mode_runs_to_its_end(tmp_path: Path) -> None:
     assert evaluation.evaluate(tmp_path / "run")["macs"] > 0
 
 
-def test_a_run_starts_from_the_weights_it_is_given(tmp_path: Path) -> None:
-    train(config("--arm", "dense"), tmp_path / "dense", quiet)
-    weights = tmp_path / "dense" / "model.pt"
+def test_a_run_starts_from_the_weights_it_is_given(weights: Path, tmp_path: Path) -> None:
     train(config("--arm", "drop-last", "--model.weights", weights, "--method.budget", 0.8), tmp_path / "run", quiet)
     dense, before = (load_checkpoint(path)["model"] for path in (weights, tmp_path / "run" / "before.pt"))
     assert len(before) < len(dense) and all(torch.equal(value, dense[key]) for key, value in before.items())
@@ -136,8 +149,11 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("arm", ["gmp", "taylor", "gradient"])
-def test_a_baseline_that_stops_in_the_middle_ends_as_an_undisturbed_one(arm: str, tmp_path: Path) -> None:
-    options = config("--arm", arm, "--run.checkpoint_every", 1, "--method.budget", 0.6)  # 10 steps, 3 prunings
+def test_a_baseline_that_stops_in_the_middle_ends_as_an_undisturbed_one(
+    arm: str, weights: Path, tmp_path: Path
+) -> None:
+    start = ("--model.weights", weights, "--run.checkpoint_every", 1)
+    options = config("--arm", arm, "--method.budget", 0.6, *start)  # 10 steps, 3 prunings
 
     def stop(fraction: float) -> None:
         if fraction == 0.5:
@@ -167,6 +183,46 @@ def test_two_ranks_make_the_plan_of_one_process(tmp_path: Path) -> None:
     assert multipliers[1] == pytest.approx(multipliers[0], rel=2e-5) and max(multipliers[0]) > 0
 
 
+def test_two_ranks_score_as_one_process_and_end_with_what_rank_0_holds(tmp_path: Path) -> None:
+    two_ranks.main(tmp_path / "one")  # [23]
+    done = children.run(*children.TORCHRUN, two_ranks.__file__, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    one, first, second = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("one/0.pt", "two/0.pt", "two/1.pt")
+    )
+    assert {"gradient", "taylor", "plan", "s", "r", "y", "p", "z", "gates"} == set(first)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name], name
+    assert first["gradient"] == one["gradient"]
+    assert (first["taylor"] != one["taylor"]).sum() <= 2  # at the threshold, by rounding
+
+
+def test_positions_and_tokens_do_not_decay(tmp_path: Path) -> None:
+    pace = (
+        "--search.lr",
+        1e-9,
+        "--train.lr",
+        1e-9,
+        "--train.weight_decay",
+        1e8,
+    )  # decay by a tenth a step, little else
+    train(config(*pace), tmp_path / "run", quiet)
+    seed_everything(0)
+    start = network(config(), load(config().data).train).state_dict()
+    for stage in ("before.pt", "model.pt"):
+        found = load_checkpoint(tmp_path / "run" / stage)["model"]
+        for name in ("pos_embed", "cls_token", "blocks.0.norm1.weight"):
+            torch.testing.assert_close(found[name], start[name], rtol=0, atol=1e-6)
+        assert found["patch_embed.proj.weight"].norm() < 0.9 * start["patch_embed.proj.weight"].norm()
+
+
+def test_single_weights_may_go_below_the_floor_of_groups() -> None:
+    options = config("--arm", "omp", "--method.budget", 0.01)
+    data = load(options.data).train
+    model = network(options, data)
+    assert choose(options, model, data) == Plan.full(ViTAdapter(model).dims)
+
+
 def test_a_loss_that_is_no_number_stops_the_run_with_its_step(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"(loss is nan|weights are not finite) at step \d"):
         train(config("--search.lr", 1e30), tmp_path / "run", quiet)
@@ -181,6 +237,13 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step(tmp_path: Path) ->
         (("--method.budget", 0), "method.budget must be in (0, 1], got 0.0"),
         (("--method.budget", 0.01), "method: budget must be at least 0.2355 for this model, got 0.01"),
         (("--method.protect_blocks", "[5]"), "method: protect_blocks must be below 3, got 5"),
+        (("--method.warmup_steps", 5), "method: warmup_steps must be below the 5 steps of stage 1, got 5"),
+        (("--method.accounting", "latency"), "method.table must be set for accounting latency, got ''"),
+        (("--method.table", "t"), "method.table must be empty but for accounting latency, got 't'"),
+        (("--method.released.gating_interval", 0), "method.released.gating_interval must be at least 1, got 0"),
+        (("--method.released.zlr", -1), "method.released.zlr must be at least 0 and finite, got -1.0"),
+        (("--method.released.gate_momentum", 1), "method.released.gate_momentum must be in [0, 1), got 1.0"),
+        (("--method.released.tau", 0), "method.released.tau must be positive, got 0.0"),
         (("--arm", "magic"), "arm must be"),
         (("--search.epochs", 0), "search.epochs must be positive for arm uvc, got 0"),
         (("--train.ema", 0.9), "train.ema must be 0 here, got 0.9"),
