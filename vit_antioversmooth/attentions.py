@@ -14,6 +14,7 @@ from timm.layers import Attention, AttentionRope
 from timm.models.beit import Attention as BeitAttention
 from timm.models.cait import Cait, TalkingHeadAttn
 from timm.models.eva import EvaAttention
+from timm.models.pit import PoolingVisionTransformer
 from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
@@ -78,7 +79,8 @@ def prefix_tokens(model: nn.Module, name: str) -> int:
     """How many class, distillation and register tokens precede the patches in the attention called `name`."""
     count, owner = 0, model
     for part in name.split("."):
-        own = getattr(owner, "num_prefix_tokens", None)
+        name_of_count = "num_tokens" if isinstance(owner, PoolingVisionTransformer) else "num_prefix_tokens"
+        own = getattr(owner, name_of_count, None)
         if isinstance(own, int):
             count = 0 if isinstance(owner, Cait) else own  # CaiT's trunk sees patches only
         owner = owner.get_submodule(part)

@@ -90,6 +90,9 @@ class AttnScale(nn.Module):
         self.fused_before: bool | None = None  # in reference mode, what `fused_attn` was
         self._v_mean: Tensor | None = None  # lives from the attention's first line to its last but one
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_v_mean": None}  # left there by a forward that failed; it cannot be copied
+
     def edit(self, attn_map: Tensor) -> Tensor:
         """The map that takes the place of `attn_map` (batch, heads, queries, keys)."""
         if self.blind:

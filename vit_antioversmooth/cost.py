@@ -37,7 +37,7 @@ def added_parameters(name: str, depth: int = 0) -> tuple[int, int, int]:
 
 
 def step_time_ratios(
-    models: Mapping[str, nn.Module], images: Tensor, classes: int, repeats: int = 12
+    models: Mapping[str, nn.Module], images: Tensor, classes: int, repeats: int = 12, amp: bool = False
 ) -> dict[str, float]:
     """Median time of forward, backward and AdamW step over that of the first model in the same repeat.
 
@@ -48,6 +48,7 @@ def step_time_ratios(
         images: (batch, channels, height, width), on the models' device.
         classes: of the labels.
         repeats: timed steps of each.
+        amp: under bfloat16 autocast, as in training.
     """
     labels = torch.arange(len(images), device=images.device) % classes
     steps: dict[str, Callable[[], None]] = {}
@@ -56,7 +57,9 @@ def step_time_ratios(
 
         def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
             optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+                logits = model(images)
+            F.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
 
         step()

@@ -20,7 +20,7 @@ from vit_antioversmooth.attnscale import AttnScale
 from vit_antioversmooth.probe import FrequencyProbe
 from vit_antioversmooth.scales import scale_modules
 from vit_antioversmooth.settings import Config
-from vit_antioversmooth.theory_check import bound_violations, lowpass_share
+from vit_antioversmooth.theory_check import bound_violations, bounds_apply, lowpass_share
 from vit_antioversmooth.train import network
 
 Metrics = dict[str, Any]
@@ -52,7 +52,8 @@ def measure(model: nn.Module, test: ImageSet, config: Config) -> Metrics:
         images = first_images(model, test, config, config.eval.theory_images)
         lowpass, judged, curves = lowpass_share(model, images)
         metrics |= {"lowpass_maps": lowpass, "judged_maps": judged, "lowpass_curves": curves}
-        metrics |= bound_violations(model, images)
+        if bounds_apply(model):
+            metrics |= bound_violations(model, images)
     return metrics
 
 

@@ -1,5 +1,7 @@
 """The report's figures: HC/DC and cosines by layer, learnt scales by layer and head, low-pass curves and bounds."""
 
+import math
+from itertools import zip_longest
 from statistics import mean
 from typing import Any
 
@@ -38,8 +40,13 @@ def draw(rows: Rows) -> dict[str, Figure]:
 
 def _average(rows: Rows, arm: str, name: str) -> Any:
     """Mean over seeds of an array by layer; None where no row has it."""
-    found = [row["metrics"][name] for row in rows if row["cell"]["arm"] == arm and row["metrics"].get(name)]
+    found = [_array(row["metrics"][name]) for row in rows if row["cell"]["arm"] == arm and row["metrics"].get(name)]
     return np.mean(found, axis=0) if found else None
+
+
+def _array(layers: list[Any]) -> Any:
+    """(layers,), or (layers, heads) with NaN where a layer has fewer heads than another."""
+    return np.array(list(zip_longest(*layers, fillvalue=math.nan))).T if np.ndim(layers[0]) else np.array(layers)
 
 
 def _layers(rows: Rows) -> Figure | None:
@@ -64,7 +71,7 @@ def _scales(rows: Rows) -> Figure | None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     if omega is not None:
-        reach = max(float(np.abs(omega).max()), 1e-9)
+        reach = max(float(np.nanmax(np.abs(omega))), 1e-9)
         image = left.imshow(omega.T, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
         figure.colorbar(image, ax=left)
         left.set(xlabel="layer", ylabel="head", title="learnt omega (mean over seeds)")
@@ -93,7 +100,9 @@ def _lowpass(rows: Rows) -> Figure | None:
     left.set(
         xlabel="applications of the map", ylabel="log10 HC/DC", title="A^t z of trained maps, light to dark by layer"
     )
-    values = [mean(row["metrics"][name] for row in rows if row["cell"]["arm"] == "plain") for name in FACTORS]
+    values = [
+        mean(row["metrics"].get(name, math.nan) for row in rows if row["cell"]["arm"] == "plain") for name in FACTORS
+    ]
     right.bar(list(FACTORS.values()), values, color=("C0", "C1", "C1", "C2"))
     right.axhline(1, color="grey", linewidth=0.8)
     right.tick_params(axis="x", labelrotation=20)

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from vit_antioversmooth.attentions import block_of, find_attentions, require_bare_projection, value_projection
+from vit_antioversmooth.attentions import (
+    block_of,
+    find_attentions,
+    mask_positions,
+    refuse_masks,
+    require_bare_projection,
+    value_projection,
+)
 from vit_antioversmooth.attnscale import by_channel
 from vit_antioversmooth.featscale import featscale
 from vit_antioversmooth.scales import remove_scales
@@ -36,18 +43,20 @@ class FoldedAttention(nn.Module):
         self.register_buffer("s", None)
         self.register_buffer("t", None)
         self.prefix = self.mean_prefix = prefix
+        self.masks = mask_positions(attention)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The scaled attention's output, (batch, tokens, dim)."""
+        """The scaled attention's output, (batch, tokens, dim). Raises ValueError for a mask or a causal call."""
+        refuse_masks(self.masks, (x, *args), kwargs)
         y = self.attention(x, *args, **kwargs)
         shift = None if self.mean_map is None else F.linear(x[:, self.prefix :].mean(1, keepdim=True), self.mean_map)
         if self.s is None or self.t is None:
             return y if shift is None else y.sub_(shift)
-        mean = y[:, self.mean_prefix :].mean(1, keepdim=True)
-        constant = (self.s - self.t) * mean
+        s, t = self.s.to(y.dtype), self.t.to(y.dtype)
+        constant = (s - t) * y[:, self.mean_prefix :].mean(1, keepdim=True)
         if shift is not None:
-            constant = constant - (1 + self.s) * shift
-        return torch.addcmul(constant, y, 1 + self.t)
+            constant = constant - (1 + s) * shift
+        return torch.addcmul(constant, y, 1 + t)
 
 
 class FoldedFeatScale(nn.Module):

@@ -23,11 +23,13 @@ from vit_antioversmooth.claims import CLAIMS
 from vit_antioversmooth.cost import PAPER_COUNTS, added_parameters, step_time_ratios
 from vit_antioversmooth.eval import evaluate, first_images, probed
 from vit_antioversmooth.figures import draw
+from vit_antioversmooth.holm import judge_together
 from vit_antioversmooth.settings import Config, ScaleStudy
 from vit_antioversmooth.train import network, train
 
 HERE = Path(__file__).parent
 CELL_FIELDS = ("omegas", "noskip_depth", "noskip_epochs", "noskip_init", "tune_epochs", "tune_lr")
+TIMED = 128  # images at most: the smallest batch a GPU of the paper's recipes
 TUNED = {"tuned-plain": "plain", "tuned-attnscale": "attnscale", "tuned-featscale": "featscale"}
 
 
@@ -57,14 +59,21 @@ def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float
     share = config.train.epochs / whole
     train(arm_config(config, arm), folder, lambda fraction: progress(share * fraction))
     rows: list[dict[str, Any]] = [{"metrics": evaluate(folder)}]
-    options = config.train
-    warmup = min(options.warmup, config.study.tune_epochs / 2)
-    lr = config.study.tune_lr
+    study = config.study
+    brief = replace(
+        config.train,
+        epochs=study.tune_epochs,
+        lr=study.tune_lr,
+        min_lr=0,
+        warmup=min(config.train.warmup, study.tune_epochs / 2),
+        warmup_lr=0,
+        schedule="steps",  # by epochs, lagging one behind, the first of two would train at 0 and the second too
+    )
     for number, (name, method) in enumerate(tuned.items()):
         tuning = replace(
             arm_config(config, method),
-            model=replace(config.model, weights=str(folder / "model.pt")),
-            train=replace(options, epochs=config.study.tune_epochs, lr=lr, min_lr=0, warmup=warmup, warmup_lr=0),
+            model=replace(config.model, pretrained=False, weights=str(folder / "model.pt")),
+            train=brief,
         )
 
         def within(fraction: float, before: int = number) -> None:
@@ -78,10 +87,12 @@ def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float
 def measure_untrained(config: Config) -> dict[str, Any]:
     """Dose response of HC/DC to omega in the untrained network, without and with its attention skip; what scales cost.
 
+    A network with LayerScale has no dose response: its branches start at next to nothing, whatever omega.
     `*_step_ratio` are times: the only numbers of a row that do not come out equal every time.
     """
+    config = replace(config, model=replace(config.model, pretrained=False, weights=""))
     splits = load(config.data)
-    doses: dict[str, list[float]] = {"dose_hc_over_dc": [], "dose_noskip_hc_over_dc": []}
+    doses: dict[str, list[float]] = {}
     noskip = config.model.name == "vit"
     for omega in config.study.omegas:
         for name, skip in (("dose_hc_over_dc", True), ("dose_noskip_hc_over_dc", False)):
@@ -89,15 +100,17 @@ def measure_untrained(config: Config) -> dict[str, Any]:
                 scales = replace(config.scales, method="attnscale", blind=False, init=omega)
                 seed_everything(config.seed)
                 model = network(replace(config, model=replace(config.model, skip=skip), scales=scales), splits.train)
+                if any("gamma" in parameter for parameter, _ in model.named_parameters()):
+                    continue
                 ratios = probed(model.eval().to(device()), splits.test, config, ("hc",))["hc_over_dc"]
-                doses[name].append(ratios[-1])
+                doses.setdefault(name, []).append(ratios[-1])
     models = {}
     for method in ("plain", "attnscale", "featscale"):
         seed_everything(config.seed)
         models[method] = network(arm_config(config, method), splits.train).to(device())
     with torch.no_grad():
-        images = first_images(models["plain"], splits.test, config, config.train.batch_size)
-    times = step_time_ratios(models, images, splits.train.classes)
+        images = first_images(models["plain"], splits.test, config, min(config.train.batch_size, TIMED))
+    times = step_time_ratios(models, images, splits.train.classes, amp=config.train.amp)
     counts = {name: list(added_parameters(timm_name, depth)) for name, (timm_name, depth, *_) in PAPER_COUNTS.items()}
     return {
         **doses,
@@ -117,7 +130,8 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
     one = replace(config, study=ScaleStudy(**kept))
     folder = Path(config.study.runs) / "vit_antioversmooth" / config.study.scale
     study = run_study(cells, partial(run_cell, one), folder, dump(one), config.study)
-    return report("vit_antioversmooth", study, CLAIMS, draw, Path(config.study.results or HERE / "results"))
+    results = Path(config.study.results or HERE / "results")
+    return report("vit_antioversmooth", study, CLAIMS, draw, results, judging=judge_together)
 
 
 if __name__ == "__main__":

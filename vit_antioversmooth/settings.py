@@ -50,7 +50,7 @@ class ScaleConfig:
 
     method: Literal["plain", "attnscale", "featscale", "both"] = "plain"
     blind: bool = False
-    """the frequency-blind control with as many parameters: (1 + omega) A, or s = t"""
+    """the frequency-blind control: (1 + omega) A, with as many parameters, or s = t, with half as many"""
     init: float = 0.0
     """of omega; s and t start at 0"""
     learn: bool = True

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from vit_antioversmooth.attentions import block_of, find_attentions, value_projection
@@ -19,8 +20,8 @@ ROUNDING = 1e-12  # of a quantity's size: HC below that is rounding, as in a net
 def lowpass_share(model: nn.Module, images: Tensor, steps: int = 32) -> tuple[int, int, list[list[float]]]:
     """Low-pass theorem: does HC/DC of A^t z vanish, for every softmax map A of `model` and a random z?
 
-    A map counts as low-pass where the ratio after `steps` applications is below 1e-3 of that after one, or their
-    quotient matches |lambda_2|^(steps - 1) within a factor of 10. Maps with |pi^T z| < 1e-6 are skipped (c.1).
+    A map counts as low-pass where the ratio after `steps` applications is below 1e-3 of that after one, or below
+    10 |lambda_2|^(steps - 1) of it, or 0, as for uniform maps. Maps with |pi^T z| < 1e-6 are skipped (c.1).
 
     Args:
         model: timm ViT without head mixing; in eval mode.
@@ -40,9 +41,9 @@ def lowpass_share(model: nn.Module, images: Tensor, steps: int = 32) -> tuple[in
         stationary = torch.linalg.matrix_power(maps, 1024)[:, 0] @ z
         decay = curve[:, -1] / curve[:, 0]
         second = torch.linalg.eigvals(maps).abs().sort(-1).values[:, -2]
-        matches = (decay / second ** (steps - 1) - 1).abs() < 9
+        vanished = (decay < 1e-3) | (decay < 10 * second ** (steps - 1)) | (curve[:, -1] == 0)
         counts = stationary.abs().squeeze(-1) >= 1e-6
-        held += int(((decay < 1e-3) | matches)[counts].sum())
+        held += int(vanished[counts].sum())
         judged += int(counts.sum())
         curves.append(curve[counts].clamp_min(1e-300).log10().mean(0).tolist())
 
@@ -51,13 +52,27 @@ def lowpass_share(model: nn.Module, images: Tensor, steps: int = 32) -> tuple[in
     return held, judged, curves
 
 
+def bounds_apply(model: nn.Module) -> bool:
+    """Whether `bound_violations` knows all of `model`: bare projections, and MLPs of two layers and an exact GELU."""
+
+    def known(name: str, attention: Any) -> bool:
+        mlp: Any = getattr(block_of(model, name), "mlp", None)
+        bare = isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity) and not getattr(
+            attention, "gate", None
+        )
+        two_layers = type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity)
+        return bare and two_layers and type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
+
+    return all(known(*pair) for pair in find_attentions(model).items())
+
+
 @torch.no_grad()
 def bound_violations(model: nn.Module, images: Tensor) -> dict[str, float]:
     """Count, over all layers, heads and images, where a measured HC factor exceeds its bound by more than 1e-5 of it.
 
     Args:
-        model: timm VisionTransformer with or without AttnScale, without FeatScale, norms between the layers of the MLP
-            or gates; any mode (a float64 copy in eval mode is measured).
+        model: timm VisionTransformer to which `bounds_apply`, with or without AttnScale, without FeatScale; any mode (a
+            float64 copy in eval mode is measured).
         images: its inputs.
 
     Returns:

@@ -21,6 +21,7 @@ from common.data import ImageSet, Splits, batches, load, pixels, steps_per_epoch
 from common.experiment import accuracy, train_command
 from common.runs import CheckpointError, Run, generator, load_checkpoint, read_json, save_checkpoint, seed_everything
 from common.vit import build_vit, follow
+from vit_antioversmooth.attentions import find_attentions
 from vit_antioversmooth.attnscale import apply_attnscale
 from vit_antioversmooth.featscale import apply_featscale
 from vit_antioversmooth.models import NoSkipBlock
@@ -117,11 +118,13 @@ def network(config: Config, data: ImageSet) -> nn.Module:
     Weights are drawn before the scales are applied, and the scales draw nothing: one seed gives all methods the same.
 
     Raises:
-        ConfigError: where sizes do not fit; CheckpointError: where model.weights does not.
+        ConfigError: where sizes do not fit, or an attention that neither scales nor measurements know;
+        CheckpointError: where model.weights does not fit.
     """
     model, scales = config.model, config.scales
     net = build_vit(model, data, Block if model.skip else NoSkipBlock, model.drop)
     try:
+        find_attentions(net)
         if scales.method in ("attnscale", "both"):
             sharing: dict[str, Any] = {"share": scales.share, "blind": scales.blind}
             apply_attnscale(net, init=scales.init, include_prefix=scales.include_prefix, **sharing)

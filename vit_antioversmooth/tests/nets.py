@@ -14,6 +14,7 @@ from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.pit import PoolingVisionTransformer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
@@ -37,6 +38,7 @@ NETS: dict[str, Build] = {
     ),
     "eva": partial(Eva, **IMAGE, **SIZES, qkv_fused=False, scale_attn_inner=True, use_rot_pos_emb=True),
     "eva_fused": partial(Eva, **IMAGE, **SIZES, qkv_fused=True, qkv_bias=True),
+    "eva_registers": partial(Eva, **IMAGE, **SIZES, qkv_bias=True, num_reg_tokens=4),
     "rope": partial(Eva, **IMAGE, **SIZES, attn_type="rope", use_rot_pos_emb=True),
     "beit": partial(Beit, **IMAGE, **SIZES, qkv_bias=True, use_rel_pos_bias=True, init_values=None),
     "relpos": partial(VisionTransformerRelPos, **IMAGE, **SIZES, init_values=None),
@@ -51,6 +53,16 @@ NETS: dict[str, Build] = {
         num_classes=5,
     ),
     "cait": partial(Cait, **IMAGE, **SIZES, init_values=1.0),
+    "pit": partial(
+        PoolingVisionTransformer,
+        **IMAGE,
+        stride=2,
+        base_dims=(8, 8),
+        depth=(2, 1),
+        heads=(2, 4),
+        num_classes=5,
+        distilled=True,
+    ),
 }
 
 

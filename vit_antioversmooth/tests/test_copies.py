@@ -43,6 +43,16 @@ def test_the_hooks_of_a_deep_copy_use_its_own_scales(name: str, mode: str) -> No
     assert torch.equal(model(x), before)
 
 
+def test_a_model_whose_last_forward_failed_can_be_copied() -> None:
+    model, x = scaled(), nets.images("plain")
+    before, attention = model(x), model.blocks[1].attn
+    fails = attention.qkv.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    fails.remove()
+    assert torch.equal(copy.deepcopy(model)(x), before)
+
+
 @both_forms
 def test_a_pickled_model_comes_back_whole_and_can_be_unscaled(mode: str) -> None:
     model, x = scaled(mode=mode), nets.images("plain")

@@ -77,6 +77,25 @@ def test_a_projection_without_bias_gets_one_where_the_values_have() -> None:
     assert torch.allclose(fold_(model)(x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_folded_model_refuses_masks_and_causal_calls_as_before(method: str) -> None:
+    model, x, mask = fold_(scaled("plain", method)), torch.randn(1, 17, 24), torch.zeros(17, 17)
+    for name, value in (("is_causal", True), ("attn_mask", mask)):
+        with pytest.raises(ValueError, match=f"{name} must be unset"):
+            model.blocks[0](x, **{name: value})
+    with pytest.raises(ValueError, match=r"attn_mask must be unset .* got a mask of shape \(17, 17\)"):
+        model.blocks[0].attn(x, mask)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_under_bfloat16_autocast_a_folded_attention_stays_in_bfloat16(method: str) -> None:
+    model, x = fold_(scaled("plain", method)), torch.randn(1, 17, 24)
+    exactly = model.blocks[0].attn(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.blocks[0].attn(x)
+    assert half.dtype == torch.bfloat16 and (half.float() - exactly).abs().max() < 3e-2 * exactly.abs().max()
+
+
 def test_grouped_value_heads_fold_too() -> None:
     torch.manual_seed(0)
     block = nn.Module()

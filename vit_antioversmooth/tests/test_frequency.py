@@ -39,7 +39,8 @@ def exact(ours: Tensor | float, name: str) -> bool:
 
 
 def test_dc_and_hc_are_the_reference_numbers() -> None:
-    assert exact(norm(hc(THEORY["X"])), "HC_norm") and exact(norm(dc(THEORY["X"])), "DC_norm")
+    assert exact(norm(hc(THEORY["X"])), "HC_norm") and exact(norm(hc(THEORY["X"])), "HC_norm_fft")
+    assert exact(norm(dc(THEORY["X"])), "DC_norm")
     assert exact(norm(hc(THEORY["A"] @ THEORY["X"] @ THEORY["Wv"])), "hc_out")
 
 
@@ -102,9 +103,11 @@ def test_a_two_by_two_map_halves_the_ratio_each_time_and_never_where_the_mean_is
 
 
 def test_the_curve_falls_below_machine_precision() -> None:
-    curve = lowpass_curve(THEORY["A"], THEORY["z"], 60)
-    decay = (curve[-1] / curve[-2]).item()
-    assert curve[-1] < 1e-30 and decay == pytest.approx(THEORY["lambda2"].item(), rel=0.5)
+    curve = lowpass_curve(THEORY["A"], THEORY["z"], 200)
+    decay = (
+        curve[199] / curve[99]
+    ).item() ** 0.01  # a mean over many steps: lambda_2 is complex, so single ones differ
+    assert curve[-1] < 1e-100 and decay == pytest.approx(THEORY["lambda2"].item(), rel=1e-3)
 
 
 # Bounds

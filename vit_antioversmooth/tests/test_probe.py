@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.layers import GluMlp, SwiGLU
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from vit_antioversmooth.frequency import hc_ratio, mean_cosine
 from vit_antioversmooth.models import NoSkipBlock
 from vit_antioversmooth.probe import FrequencyProbe
 from vit_antioversmooth.tests import nets
-from vit_antioversmooth.theory_check import bound_violations, lowpass_share
+from vit_antioversmooth.theory_check import bound_violations, bounds_apply, lowpass_share
 
 
 def tokens(model, x: Tensor) -> list[Tensor]:
@@ -150,9 +151,27 @@ def test_where_tokens_have_collapsed_rounding_is_no_violation_and_all_numbers_ar
     for block in model.blocks:
         block.attn.qkv.weight.data[:24] = 0  # queries: uniform maps, whose factor and bound are 0
         block.attn.qkv.bias.data[:24] = 0
+    held, judged, _ = lowpass_share(model, nets.images("plain"))
+    assert held == judged == 3 * 3 * 2
     numbers = bound_violations(model, nets.images("plain"))
     assert numbers["bound_bd"] == 0 and numbers["violations"] == 0 and numbers["tightest"] <= 1
     assert all(torch.tensor(value).isfinite() for value in numbers.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "apply"),
+    [
+        ({}, True),
+        ({"qk_norm": True}, True),
+        ({"mlp_layer": SwiGLU}, False),
+        ({"mlp_layer": GluMlp}, False),
+        ({"act_layer": "silu"}, False),
+        ({"scale_mlp_norm": True}, False),
+        ({"scale_attn_norm": True}, False),
+    ],
+)
+def test_bounds_apply_to_bare_projections_and_mlps_of_two_layers_only(options: dict[str, object], apply: bool) -> None:
+    assert bounds_apply(nets.NETS["plain"](**options)) == apply
 
 
 def test_a_factor_above_its_bound_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from common.tests.paper_checks import (
 from vit_antioversmooth import reproduce as reproduction
 from vit_antioversmooth.claims import CLAIMS
 from vit_antioversmooth.cost import PAPER_COUNTS
-from vit_antioversmooth.reproduce import HERE, TUNED, arm_config, reproduce, run_cell
+from vit_antioversmooth.reproduce import HERE, TUNED, arm_config, measure_untrained, reproduce, run_cell
 from vit_antioversmooth.settings import ARMS, Config, ScaleConfig
 from vit_antioversmooth.train import network, scale_count
 
@@ -139,7 +140,8 @@ def test_every_network_of_a_study_at_the_papers_scale_is_the_papers(scale: str, 
 def test_a_cell_of_the_papers_study_runs_on_a_small_network(
     arm: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def timed(models: dict[str, nn.Module], *_: object) -> dict[str, int]:
+    def timed(models: dict[str, nn.Module], *_: object, amp: bool) -> dict[str, int]:
+        assert amp
         return {name: scale_count(model) for name, model in models.items()}
 
     monkeypatch.setattr(reproduction, "step_time_ratios", timed)
@@ -153,10 +155,48 @@ def test_a_cell_of_the_papers_study_runs_on_a_small_network(
     config = parse(Config, scale_arguments(CONFIGS, ["--scale", "paper", *options]), prog="reproduce")
     (row,) = run_cell(config, Cell({"arm": arm}, 0), tmp_path / "cell", lambda fraction: None)
     if arm == "init":
-        assert len(row["metrics"]["dose_hc_over_dc"]) == 2 and row["metrics"]["dose_noskip_hc_over_dc"] == []
+        assert len(row["metrics"]["dose_hc_over_dc"]) == 2 and "dose_noskip_hc_over_dc" not in row["metrics"]
         assert [row["metrics"][f"{method}_step_ratio"] for method in ("attnscale", "featscale")] == [2 * 3, 2 * 2 * 192]
     else:
         assert np.shape(row["metrics"]["omega"]) == (2, 3) and "average_accuracy" in row["metrics"]
+
+
+def smoke(*options: str) -> Config:
+    return parse(Config, scale_arguments(CONFIGS, ["--scale", "smoke", *FASTER, *options]), prog="reproduce")
+
+
+def test_before_training_no_trained_weights_are_read_and_at_most_128_images_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed: list[int] = []
+
+    def ratios(models: object, images: torch.Tensor, *_: object, **__: object) -> dict[str, float]:
+        timed.append(len(images))
+        return {"attnscale": 1.0, "featscale": 1.0}
+
+    monkeypatch.setattr(reproduction, "step_time_ratios", ratios)
+    monkeypatch.setattr(reproduction, "PAPER_COUNTS", {})
+    for batch in ("100", "150"):
+        metrics = measure_untrained(smoke("--model.weights", "absent.pt", "--train.batch_size", batch))
+        assert len(metrics["dose_hc_over_dc"]) == 3
+    assert timed == [100, 128]
+    with_layer_scale = ["--model.name", "cait_xxs24_224", "--model.pretrained", "true"]
+    assert "dose_hc_over_dc" not in measure_untrained(smoke(*with_layer_scale))
+
+
+def test_fine_tuning_starts_from_the_plain_network_alone_and_never_at_rate_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Config] = []
+    monkeypatch.setattr(reproduction, "train", lambda config, *_: tried.append(config))
+    monkeypatch.setattr(reproduction, "evaluate", lambda folder: {})
+    config = smoke("--model.name", "deit_tiny_patch16_224", "--model.pretrained", "true", "--study.tune_epochs", "2")
+    config = replace(config, train=replace(config.train, schedule="epochs"))
+    run_cell(config, Cell({"arm": "plain"}, 0), tmp_path, lambda fraction: None)
+    assert [there.model.pretrained for there in tried] == [True, False, False, False]
+    assert {there.model.weights for there in tried[1:]} == {str(tmp_path / "model.pt")}
+    rates = [there.train.learning_rate(step, 10) for there in tried[1:] for step in range(20)]
+    assert min(rates) > 0 and max(rates) == pytest.approx(config.study.tune_lr)
 
 
 @pytest.mark.parametrize(

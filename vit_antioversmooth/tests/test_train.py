@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from common.augment import mix
 from common.config import UserError, parse
 from common.data import load as load_data
 from common.runs import load_checkpoint, read_json, seed_everything
@@ -58,15 +59,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_methods_of_one_seed_start_from_the_same_function_and_see_the_same_batches(tmp_path: Path) -> None:
-    first, splits = {}, load_data(config().data)
+    first, splits, seen = {}, load_data(config().data), {}
     for method in ("plain", "attnscale", "featscale", "both"):
         there = config("--scales.method", method, "--train.epochs", 1, "--data.fraction", 0.01)
-        train(there, tmp_path / method, quiet)  # one epoch of one step
+        with pytest.MonkeyPatch.context() as patch:  # the loss of an untrained head says nothing of the images
+            patch.setattr(training, "mix", lambda *given, at=method: seen.update({at: given[0].clone()}) or mix(*given))
+            train(there, tmp_path / method, quiet)  # one epoch of one step
         seed_everything(there.seed)
         model = network(there, splits.train).eval()
         model.head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
         first[method] = losses(tmp_path / method), model(torch.ones(1, 1, 28, 28)).tolist()
     assert len(first["plain"][0]) == 1 and all(value == first["plain"] for value in first.values())
+    assert seen["plain"].std() > 0.5 and all(torch.equal(images, seen["plain"]) for images in seen.values())
 
 
 def test_a_second_run_of_the_same_configuration_is_the_same(finished: Path, tmp_path: Path) -> None:
@@ -217,12 +221,16 @@ def test_a_wrong_option_ends_in_one_line_before_anything_is_written(
     assert not folder.exists()
 
 
-def test_a_network_whose_attention_does_not_fit_is_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("method", ["plain", "attnscale"])
+def test_a_network_whose_attention_does_not_fit_is_refused_in_one_line_before_anything_is_written(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--model.name", "xcit_nano_12_p16_224", "--model.depth", 0, "--scales.method", "attnscale"]
+    options = ["--model.name", "levit_128s", "--model.depth", 0, "--scales.method", method]
     told = refusal(training.main, arguments("--run.folder", tmp_path / "run", *options), capsys)
-    assert "xcit_nano_12_p16_224" in told
+    assert (
+        f"scales.method {method} does not fit model.name levit_128s: " in told and "timm.models.levit.Attention" in told
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_and_measuring_by_command_say_what_came_out(
