@@ -21,7 +21,7 @@ class DynamicSparsity:
     Args:
         module: its weights are masked at once, in place.
         optimizer: Adam, SGD or the like over its parameters, or a `MaskedAdam`, which masks by itself.
-        masks: changed in place as the topology moves, so that whoever shares them sees the present ones.
+        masks: at least one; changed in place as the topology moves, so that whoever shares them sees the present ones.
         update_every: steps between two moves (Delta T).
         total_steps: of the training (T); no move at its end.
         drop_fraction, drop_end: of the active weights, at the start and, along half a cosine, at the end.
@@ -65,6 +65,8 @@ class DynamicSparsity:
             raise ValueError(f"moments must be sparse or dense, got {moments!r}")
         if moments == "dense" and isinstance(optimizer, MaskedAdam):
             raise ValueError("moments must be sparse with a MaskedAdam, got 'dense'")
+        if not masks:
+            raise ValueError("masks must hold at least one mask, got none")
         masks.apply_(module)
         self.masks, self.steps, self.moves = masks, 0, 0
         self._optimizer, self._moments, self._seed = optimizer, moments, seed
@@ -99,7 +101,7 @@ class DynamicSparsity:
         return {"masks": self.masks.state_dict(), "ever": dict(self._ever), "steps": self.steps, "moves": self.moves}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set back to a `state_dict`. A `MaskedAdam` must have been built under the same masks."""
+        """Set back to a `state_dict`; load those of optimiser and module too, in any order."""
         self.masks.update({name: mask.to(self._weights[name].device) for name, mask in state["masks"].items()})
         self._ever = {name: ever.to(self._weights[name].device) for name, ever in state["ever"].items()}
         self._multipliers = {name: self.masks[name].to(weight) for name, weight in self._weights.items()}

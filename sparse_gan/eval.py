@@ -96,17 +96,20 @@ def topology(g: Generator, masks: Masks) -> Metrics:
 def costs(config: Config, g: Generator, masks_g: Masks, d: Discriminator, masks_d: Masks) -> Metrics:
     """FLOPs: of one image's generation, and of one image's share of a generator step in training; dense and sparse.
 
-    Growth by gradient needs the generator's dense weight gradient once in update_every steps, which is not counted.
+    No sparse training FLOPs where densities change in training (gmp, oneshot, imp, balance): the last masks would not
+    tell them. Growth by gradient needs the generator's dense weight gradient once in update_every steps, which is not
+    counted.
     """
     z, labels = draw_noise(1, g.z_dim, max(g.classes, 1), 0)
     flops_g = sparse_flops(g, (z, labels), masks_g)
     image = torch.zeros(1, g.output.out_channels, config.model.size, config.model.size)
     flops_d = sparse_flops(d, (image, labels), masks_d)
     training = {kind: training_flops(flops_g[kind], flops_d[kind], config.train.n_dis) for kind in ("dense", "sparse")}
+    lasting = config.sparsity.method not in ("gmp", "oneshot", "imp") and not config.sparsity.balance
     return {
         "inference_flops": flops_g["sparse"],
         "inference_flops_dense": flops_g["dense"],
-        "training_flops": training["sparse"],
+        **({"training_flops": training["sparse"]} if lasting else {}),
         "training_flops_dense": training["dense"],
     }
 
@@ -133,8 +136,9 @@ def main() -> None:
     def summary(metrics: Metrics, config: Config) -> str:
         scores = f"fd_classifier {metrics['fd']:.1f} (real images {metrics['floor']:.1f}, noise {metrics['noise']:.1f})"
         more = f"KID {metrics['kid']:.3f}, precision {metrics['precision']:.3f}, recall {metrics['recall']:.3f}"
-        share = metrics["training_flops"] / metrics["training_flops_dense"]
-        return f"{scores}; {more}\ntraining FLOPs {share:.1%} of dense; samples: sheet.png in the run's folder"
+        use = "inference" if "training_flops" not in metrics else "training"
+        share = metrics[f"{use}_flops"] / metrics[f"{use}_flops_dense"]
+        return f"{scores}; {more}\n{use} FLOPs {share:.1%} of dense; samples: sheet.png in the run's folder"
 
     eval_command(__file__, Config, evaluate, summary)
 

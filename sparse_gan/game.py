@@ -3,6 +3,7 @@
 Most methods train in one phase. One-shot pruning adds a phase of fine-tuning, iterative pruning one a round.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -63,20 +64,38 @@ class Game:
         self._networks = g.to(device), d.to(device)
         self._start(*self._first_masks(data))
 
-    def discriminate(self, real: Tensor, labels: Tensor, z: Tensor, fake_labels: Tensor, lr_factor: float) -> float:
-        """One discriminator step; returns its loss. Real and generated images go through in one batch."""
+    def discriminate(
+        self,
+        real: Tensor,
+        labels: Tensor,
+        z: Tensor,
+        fake_labels: Tensor,
+        lr_factor: float,
+        check: Callable[[float], None] = lambda loss: None,
+    ) -> float:
+        """One discriminator step; returns its loss, which `check` may refuse before anything moves.
+
+        Real and generated images go through in one batch.
+        """
         with torch.no_grad():
             fake = self.g.module(z, fake_labels)
         scores = self.d.module(torch.cat([real, fake]), torch.cat([labels, fake_labels]))
         loss = discriminator_loss(*scores.chunk(2))
+        check(loss.item())
         self.d.descend(loss, lr_factor)
         self._real = real, labels
         return loss.item()
 
-    def generate(self, z: Tensor, labels: Tensor, lr_factor: float) -> float:
-        """One generator step and what follows it; returns its loss. The discriminator's weights need no gradient."""
+    def generate(
+        self, z: Tensor, labels: Tensor, lr_factor: float, check: Callable[[float], None] = lambda loss: None
+    ) -> float:
+        """One generator step and what follows it; returns its loss, which `check` may refuse before anything moves.
+
+        The discriminator's weights need no gradient.
+        """
         self.d.module.requires_grad_(False)
         loss = generator_loss(self.d.module(self.g.module(z, labels), labels))
+        check(loss.item())
         self.g.descend(loss, lr_factor)
         if self.config.sparsity.balance:
             self._balance(z, labels, -loss.item())
@@ -172,7 +191,9 @@ class Game:
                 seed=self.config.seed,
             )
             needed = explores or dense_moments
-            players.append(Player(module, masks, lr, betas, dynamic if needed else None, dense_moments))
+            player = Player(module, masks, lr, betas, dynamic if needed else None, dense_moments, self.phase > 0)
+            player.require_equal_masks()
+            players.append(player)
         self.g, self.d = players
         kinds = {"average": "sparse"}
         if sparsity.method == "dynamic" and sparsity.explore != "d":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS = 3  # Kynkäänniemi et al. 2019
+ROWS = 1024  # of a matrix of all pairs that are in memory at a time
 
 
 class Gaussian(NamedTuple):
@@ -49,10 +50,16 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
 
 def kernel_distance(real: Tensor, fake: Tensor) -> float:
     """KID: unbiased squared maximum mean discrepancy with the kernel (x y / d + 1)^3 (Bińkowski et al. 2018)."""
+
+    def total(a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack([((rows @ b.T / b.shape[1] + 1) ** 3).sum() for rows in a.split(ROWS)]).sum()
+
+    def within(a: Tensor) -> Tensor:
+        own = (a.square().sum(1) / a.shape[1] + 1) ** 3
+        return (total(a, a) - own.sum()) / (len(a) * (len(a) - 1))
+
     x, y = real.double(), fake.double()
-    xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (xx, yy)]
-    return float(within[0] + within[1] - 2 * xy.mean())
+    return float(within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y)))
 
 
 def precision_recall(real: Tensor, fake: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
@@ -62,8 +69,14 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = NEIGHBOURS) -
         return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
     def covered(points: Tensor, manifold: Tensor) -> float:
-        radii = distances(manifold, manifold).kthvalue(neighbours + 1, dim=1).values  # the nearest is itself
-        return float((distances(points, manifold) <= radii).any(1).double().mean())
+        radii = torch.cat(
+            [
+                distances(rows, manifold).kthvalue(neighbours + 1, dim=1).values  # the nearest is itself
+                for rows in manifold.split(ROWS)
+            ]
+        )
+        inside = [(distances(rows, manifold) <= radii).any(1) for rows in points.split(ROWS)]
+        return float(torch.cat(inside).double().mean())
 
     x, y = real.double(), fake.double()
     return covered(y, x), covered(x, y)

@@ -37,7 +37,8 @@ class MaskedAdam(optim.Optimizer):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
         masks.apply_(module)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        # "fused" is what lets a loaded `step` follow its parameter to the GPU
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         super().__init__(module.parameters(), defaults)
         self._active = {module.get_parameter(name): _active_entries(mask) for name, mask in masks.items()}
 
@@ -71,7 +72,9 @@ class MaskedAdam(optim.Optimizer):
             )
             for parameter, active, value in zip(parameters, actives, values, strict=True):
                 if active is not None:
-                    parameter.view(-1).index_copy_(0, active.long(), value)
+                    flat = parameter.reshape(-1).index_copy_(0, active.long(), value)
+                    if not parameter.is_contiguous():  # channels_last: `flat` is a copy
+                        parameter.copy_(flat.view(parameter.shape))
         return loss
 
     @torch.no_grad()
@@ -84,15 +87,36 @@ class MaskedAdam(optim.Optimizer):
                 whole = torch.zeros(mask.numel(), dtype=moment.dtype, device=moment.device)
                 whole[slice(None) if old is None else old.long()] = moment.reshape(-1)
                 whole.mul_(survivors.reshape(-1))
-                self.state[parameter][key] = whole.view(mask.shape) if new is None else whole[new.long()]
+                if new is None:  # in the parameter's memory format
+                    self.state[parameter][key] = torch.empty_like(parameter).copy_(whole.view(mask.shape))
+                else:
+                    self.state[parameter][key] = whole[new.long()]
         parameter.mul_(survivors)
         self._active[parameter] = new
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of `torch.optim.Adam`, and "active": the positions the moments belong to, one tensor or None a parameter."""
+        return {**super().state_dict(), "active": [self._active.get(p) for p in self._parameters()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on under the masks and moments of a `state_dict`, whatever the masks were; weights are saved apart.
+
+        Raises ValueError where it is of another optimiser or of other parameters.
+        """
+        if "active" not in state_dict:
+            raise ValueError(f"state_dict must be of a MaskedAdam, with active, got {sorted(state_dict)}")
+        super().load_state_dict(state_dict)
+        pairs = zip(self._parameters(), state_dict["active"], strict=True)
+        self._active = {p: None if active is None else active.to(p.device) for p, active in pairs}
 
     def state_bytes(self) -> int:
         """Bytes of moments and of the positions they belong to."""
         moments = [t for state in self.state.values() for key, t in state.items() if key != "step"]
         positions = [active for active in self._active.values() if active is not None]
         return sum(tensor.nbytes for tensor in moments + positions)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _state_of(self, parameter: Tensor, value: Tensor) -> dict[str, Any]:
         state = self.state[parameter]

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from common import distributed
 from common.masks import (
     Masks,
     erk_densities,
@@ -42,9 +43,13 @@ def sparse_masks(module: nn.Module, density: float, distribution: Distribution, 
 
 
 def snip_masks(module: nn.Module, density: float, loss: Callable[[], Tensor]) -> Masks:
-    """SNIP: the largest |w * dL/dw| over all convolutions together (Lee et al. 2019). `module` is not changed."""
+    """SNIP: the largest |w * dL/dw| over all convolutions together (Lee et al. 2019), gradients averaged over ranks.
+
+    Weights stay; whatever else the forward of `loss` moves (running statistics, singular vectors) has moved.
+    """
     weights = prunable_weights(module)
-    gradients = torch.autograd.grad(loss(), list(weights.values()))
+    gradients = list(torch.autograd.grad(loss(), list(weights.values())))
+    distributed.average_(gradients)
     return keep_top(saliency_scores(weights, gradients), _count(weights, density))
 
 

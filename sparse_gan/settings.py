@@ -241,5 +241,8 @@ class Config:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         there = self.eval.split == "test" or self.data.val > 0
         require(there, "eval.split", self.eval.split, "test unless data.val is above 0")
+        ends = self.train.steps % self.sparsity.update_every <= self.train.steps / 5
+        allowed = "with gmp such that one of its multiples is in the last fifth of train.steps"
+        require(self.sparsity.method != "gmp" or ends, "sparsity.update_every", self.sparsity.update_every, allowed)
         rewinds = self.sparsity.method != "imp" or self.sparsity.rewind_step < self.train.steps
         require(rewinds, "sparsity.rewind_step", self.sparsity.rewind_step, "less than train.steps")

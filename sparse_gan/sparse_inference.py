@@ -64,10 +64,11 @@ def compact(generator: Generator) -> Generator:
         read = (second != 0).transpose(0, 1).flatten(1).any(1)
         written = (first != 0).flatten(1).any(1)
         live = read & written if not generator.classes else read
+        live[0] |= ~live.any()  # a block without any keeps one
         constant = read & ~live
-        bias = torch.zeros(len(first)) if block.conv1.bias is None else block.conv1.bias
+        bias = first.new_zeros(len(first)) if block.conv1.bias is None else block.conv1.bias
         values = torch.where(written, 0.0, bias).view(1, -1, 1, 1)
-        offset = torch.zeros(1, len(second), side, side)
+        offset = first.new_zeros(1, len(second), side, side)
         if constant.any():
             levels = F.relu(block.norm2(values))[:, constant].expand(-1, -1, side, side)
             offset = F.conv2d(levels, second[:, constant], padding=1)
@@ -91,7 +92,7 @@ def with_csr_kernels(generator: Generator) -> Generator:
 
 def _convolution(kind: type[nn.Conv2d], weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     outputs, inputs, side, _ = weight.shape
-    conv = kind(inputs, outputs, side, padding=side // 2, bias=bias is not None).requires_grad_(False)
+    conv = kind(inputs, outputs, side, padding=side // 2, bias=bias is not None).to(weight).requires_grad_(False)
     conv.weight.copy_(weight)
     if bias is not None and conv.bias is not None:
         conv.bias.copy_(bias)
@@ -101,7 +102,7 @@ def _convolution(kind: type[nn.Conv2d], weight: Tensor, bias: Tensor | None) -> 
 def _selected(norm: BatchNorm, live: Tensor) -> BatchNorm:
     """The batch norm of the live channels only."""
     classes = 0 if norm.gain is None else norm.gain.num_embeddings
-    small = BatchNorm(int(live.sum()), classes).eval().requires_grad_(False)
+    small = BatchNorm(int(live.sum()), classes).to(norm.norm.running_mean).eval().requires_grad_(False)
     state = {key: value if value.ndim == 0 else value[..., live] for key, value in norm.state_dict().items()}
     small.load_state_dict(state)
     return small

@@ -5,6 +5,7 @@ Data-parallel: torchrun --nproc_per_node=N sparse_gan/train.py --config ...
 """
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def snapshot_steps(config: Config) -> list[int]:
     return sorted({round(total * k / count) for k in range(1, count + 1)} - {0})
 
 
+def dequantisation(config: Config, shape: torch.Size, step: int, turn: int) -> Tensor:
+    """Uniform noise in [0, 1/128) for this rank's part of the batch of a discriminator step; `shape` of one image."""
+    draws = generator(config.seed, 2, step, turn, 0)
+    return distributed.shard(torch.rand(config.train.batch_size, *shape, generator=draws)) / 128
+
+
 def _fit(config: Config, run: Run, data: ImageSet, device: torch.device) -> dict[str, Any]:
     options, lengths = config.train, phase_lengths(config)
     starts = [0, *accumulate(lengths)]
@@ -67,6 +74,9 @@ def _fit(config: Config, run: Run, data: ImageSet, device: torch.device) -> dict
         z, labels = draw_noise(options.batch_size, config.model.z_dim, data.classes, config.seed, 1, step, turn)
         return distributed.shard(z).to(device), distributed.shard(labels).to(device)
 
+    def refuse(step: int, name: str, loss: float) -> None:
+        run.require_finite(step, **{name: loss})
+
     stream = batches(data, options.batch_size, config.data, seed=config.seed, step=start * options.n_dis)
     for step in run.steps(start, starts[-1], snapshot):
         phase = sum(step >= begin for begin in starts[1:-1])
@@ -78,12 +88,10 @@ def _fit(config: Config, run: Run, data: ImageSet, device: torch.device) -> dict
             raw, labels = next(stream)
             real = prepare(raw, config.model.size)
             if options.dequantize:
-                real += (
-                    torch.rand(real.shape, generator=generator(config.seed, 2, step, turn, distributed.rank())) / 128
-                )
-            loss_d = game.discriminate(real.to(device), labels.to(device), *noise(step, turn), factor)
-        loss_g = game.generate(*noise(step, options.n_dis), factor)
-        run.require_finite(step, loss_d=loss_d, loss_g=loss_g)
+                real += dequantisation(config, real.shape[1:], step, turn)
+            batch = real.to(device), labels.to(device), *noise(step, turn)
+            loss_d = game.discriminate(*batch, factor, partial(refuse, step, "loss_d"))
+        loss_g = game.generate(*noise(step, options.n_dis), factor, partial(refuse, step, "loss_g"))
         game.follow(within + 1)
 
         position = step + 1

@@ -87,6 +87,16 @@ def test_every_way_of_pruning_afterwards_is_compared_with() -> None:
         assert BY_ID["SG4"].measure([*found, better]) == pytest.approx([math.log(0.1)])
 
 
+def test_differences_are_of_one_seed_and_against_the_arm_at_its_densities() -> None:
+    def without(seed: int, *arm: Any) -> list[dict[str, Any]]:
+        return [row for row in rows() if (row["seed"], *row["cell"].values()) != (seed, *arm)]
+
+    assert BY_ID["SG1d"].measure(without(0, "stu", 0.05, 0.3)) == pytest.approx([1.5])
+    assert BY_ID["SG4"].measure(without(0, "gmp", 0.2, 0.3)) == pytest.approx([math.log(20 / 10.1)])
+    elsewhere = {"cell": {"arm": "oneshot-global-g", "density_g": 0.1, "density_d": 0.3}, "seed": 0, "metrics": gan(1)}
+    assert BY_ID["SG4"].measure([*rows(), elsewhere]) == BY_ID["SG4"].measure(rows())
+
+
 def test_without_rows_every_claim_is_inconclusive_and_nothing_is_drawn() -> None:
     assert {claim["verdict"] for claim in judge(CLAIMS, [])} == {"inconclusive"} and draw([]) == {}
 

@@ -126,6 +126,18 @@ def test_compacting_cuts_dead_channels_and_keeps_the_function(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["sngan", "biggan"])
+def test_a_block_without_a_live_channel_is_compacted_too_and_in_its_own_dtype(name: str) -> None:
+    g, z, labels = trained(name)
+    g.double()
+    with torch.no_grad():
+        g.blocks[0].conv1.weight.zero_()
+        g.blocks[1].conv2.weight.zero_()
+        small, z = compact(g), z.double()
+        assert torch.allclose(small(z, labels), g(z, labels), rtol=0, atol=1e-12)
+    assert small.blocks[1].conv1.out_channels == 1 and {p.dtype for p in small.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("name", ["sngan", "biggan"])
 def test_sparse_matrices_keep_the_function(name: str) -> None:
     g, z, labels = trained(name)
     with torch.no_grad():

@@ -159,16 +159,9 @@ def test_a_resumed_training_is_the_undisturbed_one_bit_for_bit(optimizer: str) -
     whole, part = Training(optimizer), Training(optimizer)
     whole.run(range(30))
     part.run(range(14))
-    saved = copy.deepcopy({"dynamic": part.dynamic.state_dict(), "optimizer": part.optimizer.state_dict()})
-    weights, average = copy.deepcopy(part.model.state_dict()), copy.deepcopy(part.average.state_dict())
-    again = Training(optimizer)
-    again.model.load_state_dict(weights)
-    if isinstance(again.optimizer, MaskedAdam):
-        again.optimizer = MaskedAdam(again.model, Masks(saved["dynamic"]["masks"]), 0.01)
-        again.dynamic._optimizer = again.optimizer
-    again.optimizer.load_state_dict(saved["optimizer"])
-    again.dynamic.load_state_dict(saved["dynamic"])
-    again.average.load_state_dict(average)
+    again, names = Training(optimizer), ("model", "optimizer", "dynamic", "average")
+    for name in names:
+        getattr(again, name).load_state_dict(copy.deepcopy(getattr(part, name).state_dict()))
     again.run(range(14, 30))
     for one, two in ((whole.model, again.model), (whole.average.module, again.average.module)):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
@@ -196,6 +189,8 @@ def test_impossible_arguments_are_refused(options: dict[str, Any], message: str)
 def test_masks_of_another_shape_and_missing_gradients_are_refused() -> None:
     model = net()
     optimizer = torch.optim.Adam(model.parameters())
+    with pytest.raises(ValueError, match="masks must hold at least one mask, got none"):
+        DynamicSparsity(model, optimizer, Masks(), update_every=1, total_steps=2)
     with pytest.raises(ValueError, match=r"mask 0.weight must be \(8, 3, 3, 3\), got \(2, 2\)"):
         DynamicSparsity(model, optimizer, Masks({"0.weight": torch.ones(2, 2)}), update_every=1, total_steps=2)
     masks = Masks({"0.weight": torch.rand(8, 3, 3, 3) < 0.5})

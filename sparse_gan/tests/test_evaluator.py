@@ -11,6 +11,8 @@ import pytest
 import scipy.linalg
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.config import UserError
 from sparse_gan.fidelity import fidelity_scores
@@ -79,6 +81,26 @@ def test_kid_is_the_mean_kernel_within_less_the_mean_kernel_between() -> None:
     within += sum(kernel(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j) / 12
     between = sum(kernel(a, b) for a in x for b in y) / 20
     assert kernel_distance(x, y) == pytest.approx(within - 2 * between)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the entries of the largest tensor that an operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self.entries = max([self.entries, *(t.numel() for t in pytree.tree_leaves(made) if isinstance(t, Tensor))])
+        return made
+
+
+def test_all_pairs_are_never_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(60, 3), torch.randn(50, 3) + 0.5
+    whole = kernel_distance(x, y), *precision_recall(x, y)
+    monkeypatch.setattr("sparse_gan.generative_evaluator.ROWS", 7)
+    with Largest() as largest:
+        blocks = kernel_distance(x, y), *precision_recall(x, y)
+    assert largest.entries <= 7 * 60 and blocks == pytest.approx(whole, rel=1e-12)
 
 
 def test_precision_and_recall_of_points_on_a_line() -> None:

@@ -122,6 +122,33 @@ def test_it_goes_on_from_its_state_dict_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
+def test_positions_come_with_the_state_and_the_step_follows_its_parameter() -> None:
+    model, fresh = net(), net().to("meta")
+    optimizer = MaskedAdam(model, masks_of(model), 0.01)
+    stepped(model, optimizer, range(1))
+    elsewhere = MaskedAdam(fresh, Masks(), 0.01)
+    elsewhere.load_state_dict(optimizer.state_dict())
+    for parameter, state in elsewhere.state.items():
+        assert parameter.device == state["step"].device == state["exp_avg"].device == torch.device("meta")
+    assert elsewhere.state_bytes() == optimizer.state_bytes()
+    with pytest.raises(ValueError, match="state_dict must be of a MaskedAdam, with active, got"):
+        optimizer.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
+
+
+def test_channels_last_modules_take_the_same_way() -> None:
+    plain, last = net(), net().to(memory_format=torch.channels_last)
+    masks = masks_of(plain)
+    whole = Masks.ones_like(masks)
+    for model in (plain, last):
+        optimizer = MaskedAdam(model, masks, 0.01, (0.9, 0.9))
+        stepped(model, optimizer, range(2))
+        for name, mask in whole.items():
+            optimizer.set_mask(model.get_parameter(name), mask, masks[name])
+        stepped(model, optimizer, range(2, 4))
+    for mine, theirs in zip(plain.parameters(), last.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_impossible_arguments_are_refused() -> None:
     model = net()
     with pytest.raises(ValueError, match="lr must be at least 0, got -1"):

@@ -83,6 +83,18 @@ def test_snip_keeps_what_the_loss_would_miss_most() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
+def test_snip_scores_by_the_mean_gradient_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Conv2d(1, 2, 1, bias=False)
+    net.weight.data.flatten()[:] = torch.tensor([1.0, 2.0])
+
+    def average_(tensors: list[torch.Tensor]) -> None:
+        tensors[0] = torch.tensor([9.0, 1.0]).view(2, 1, 1, 1)
+
+    assert snip_masks(net, 0.5, lambda: net.weight.sum())["weight"].flatten().tolist() == [False, True]
+    monkeypatch.setattr("common.distributed.average_", average_)
+    assert snip_masks(net, 0.5, lambda: net.weight.sum())["weight"].flatten().tolist() == [True, False]
+
+
 def test_magnitude_prunes_globally_or_by_layer_and_within_masks() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.Conv2d(4, 1, 1, bias=False))
     net[0].weight.data.flatten()[:] = torch.tensor([1.0, -2, 3, -4])

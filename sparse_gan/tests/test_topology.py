@@ -44,6 +44,7 @@ def test_a_move_by_hand() -> None:
     survivors, new = drop_and_grow(weight, mask, gradient.abs(), 0.34)  # ceil(1.02) = 2
     assert survivors.tolist() == [True, False, False, False, False]
     assert new.tolist() == [True, True, True, False, False]
+    assert (weight * survivors).tolist() == [0.5, 0, 0, 0, 0]  # the grown ones start from zero
 
 
 def test_active_weights_that_are_exactly_zero_count_and_among_equals_the_first_is_dropped() -> None:
