@@ -5,6 +5,7 @@ cross-entropies on all images of half B after the race, by start; rows of one se
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from statistics import mean
 from typing import Any
 
@@ -13,12 +14,14 @@ from scipy import stats
 
 from common.claims import Claim, Rows
 from symbolic_l2o.sanity import TARGETS
+from symbolic_l2o.settings import BASELINES
 
 Measure = Callable[[Rows], list[float]]
 RP_TYPE = ("rp", "rp_s", "rp_si")
 UNSEEN = ("relu3", "tanh", "conv")
 RIVALS = ("sgdm", "adam")
 ALPHA = 0.05
+LEARNT = 2.0  # evaluation loss below which a teacher has learnt something; chance is ln 10 = 2.303
 FIGURES = "figures of the paper's release"
 
 
@@ -62,8 +65,16 @@ def best_r2(rows: Rows, seed: int, arm: str) -> float:
 
 
 def per_seed(function: Callable[[Rows, int], float]) -> Measure:
-    """A measure that is one number a seed."""
-    return lambda rows: [function(rows, seed) for seed in seeds_of(rows)]
+    """A measure that is one number a seed; a seed for which `function` raises KeyError has none."""
+
+    def measure(rows: Rows) -> list[float]:
+        values = []
+        for seed in seeds_of(rows):
+            with suppress(KeyError):
+                values.append(function(rows, seed))
+        return values
+
+    return measure
 
 
 def sanity(target: str) -> Measure:
@@ -100,22 +111,22 @@ def final(rows: Rows, seed: int, arm: str, by: str, problem: str) -> list[float]
     return found(rows, seed, arm=arm, what="race", by=by, problem=problem)[0]["final"]  # type: ignore[no-any-return]
 
 
+def taught(rows: Rows, seed: int, arm: str, problem: str) -> float:
+    """Mean final loss of a teacher. Raises KeyError where meta-training has taught it nothing."""
+    if not found(rows, seed, arm=arm, what="teacher")[0]["loss"] < LEARNT:
+        raise KeyError(f"{arm} has not learnt at seed {seed}")
+    return mean(final(rows, seed, arm, "teacher", problem))
+
+
 def excess(arm: str, by: str) -> Measure:
     """C4a: how much worse than its teacher an equation ends, relative, on the teacher's own problem."""
-    return per_seed(
-        lambda rows, seed: mean(final(rows, seed, arm, by, "sig")) / mean(final(rows, seed, arm, "teacher", "sig")) - 1
-    )
+    return per_seed(lambda rows, seed: mean(final(rows, seed, arm, by, "sig")) / taught(rows, seed, arm, "sig") - 1)
 
 
 def loss_step(worse: str, better: str) -> Measure:
     """C4b: log ratio of two teachers' final losses on the problem that all can solve."""
     return per_seed(
-        lambda rows, seed: float(
-            np.log(
-                mean(final(rows, seed, worse, "teacher", "relu01"))
-                / mean(final(rows, seed, better, "teacher", "relu01"))
-            )
-        )
+        lambda rows, seed: float(np.log(taught(rows, seed, worse, "relu01") / taught(rows, seed, better, "relu01")))
     )
 
 
@@ -163,14 +174,20 @@ def cost(metric: str) -> Measure:
     return per_seed(lambda rows, seed: found(rows, seed, what="cost")[0][metric])
 
 
-def network_lead(rows: Rows, seed: int) -> float:
-    """C8, larger scales: test accuracy of the best symbolic entry minus that of the best hand-made one."""
-    best: dict[bool, float] = {}
-    for row in rows:
-        if row["seed"] == seed and row["cell"].get("what") == "network":
-            symbolic = row["cell"]["by"] in ("symbolic", "tuned")
-            best[symbolic] = max(best.get(symbolic, 0.0), row["metrics"]["test_accuracy"])
-    return best[True] - best[False]
+def network_lead(*rivals: str) -> Measure:
+    """C8, larger scales: test accuracy of the meta-tuned rule minus that of rivals, each the best in validation."""
+
+    def best(rows: Rows, seed: int, names: Sequence[str]) -> float:
+        entries = [
+            row["metrics"]
+            for row in rows
+            if row["seed"] == seed and row["cell"].get("what") == "network" and row["cell"]["by"] in names
+        ]
+        if not entries:
+            raise KeyError(f"no network of {names} at seed {seed}")
+        return max(entries, key=lambda metrics: metrics["val_accuracy"])["test_accuracy"]  # type: ignore[no-any-return]
+
+    return per_seed(lambda rows, seed: best(rows, seed, ("tuned",)) - best(rows, seed, rivals))
 
 
 def _sanity_claims() -> Sequence[Claim]:
@@ -219,7 +236,7 @@ CLAIMS: list[Claim] = [
     ),
     Claim(
         id="C2b",
-        statement="An equation explains RP_s: held-out runs and coordinates",
+        statement="An equation explains RP_s: held-out groups of one run and one coordinate",
         source="Table 7",
         paper=R2S,
         measure=per_seed(lambda rows, seed: best_r2(rows, seed, "rp_s")),
@@ -355,19 +372,27 @@ CLAIMS: list[Claim] = [
     ),
     Claim(
         id="C5",
-        statement="Curriculum and imitation improve teachers but raise memory and complexity",
+        statement="Curriculum and imitation improve teachers but raise memory and complexity (not measured here)",
         source=FIGURES,
         paper="DM: TPF 25.2 to 27.4, MC 182.9 to 220.6, loss .23 to .19",
         measure=lambda rows: [],
-        unit="(not judged here: one teacher needs ten times the demo's time)",
+        unit="(one teacher needs ten times the demo's time)",
     ),
     Claim(
         id="C8d",
         statement="The meta-tuned rule is not worse than the best hand-made optimiser on a deep network",
         source="ResNet figures",
         paper=NETS,
-        measure=per_seed(network_lead),
+        measure=network_lead(*BASELINES),
         threshold=-0.3,
+        unit="points (not judged at demo scale)",
+    ),
+    Claim(
+        id="C8e",
+        statement="and is better than Adam there",
+        source="ResNet figures",
+        paper=NETS,
+        measure=network_lead("adam"),
         unit="points (not judged at demo scale)",
     ),
 ]

@@ -106,6 +106,8 @@ def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
         path, model = folder / "model.pt", network(config, splits.train)
         load_weights(model, load_checkpoint(path), path)
         metrics = {"test_accuracy": accuracy_of(config, model, splits.test)}
+        if len(splits.val):
+            metrics["val_accuracy"] = accuracy_of(config, model, splits.val)
     elif config.task == "tune":
         done = read_json(folder / "done.json")
         metrics = {name: done[name] for name in ("start_loss", "loss")}

@@ -4,7 +4,7 @@ An equation is a number; the name of a coefficient; ("z", feature, tap), a featu
 ("trace", rho, x), the running sum e <- rho e + x; or (operator, operand, ...) with an operator of OPERATORS.
 """
 
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from operator import add, mul, sub, truediv
 from types import MappingProxyType
@@ -268,5 +268,6 @@ def _digits(number: float) -> str:
 
 
 def finite(values: Mapping[str, float]) -> bool:
-    """Whether all coefficients are finite numbers."""
-    return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values.values())
+    """Whether all coefficients are finite numbers that a float can hold."""
+    numbers = (isinstance(v, int | float) and not isinstance(v, bool) for v in values.values())
+    return all(numbers) and all(abs(v) <= sys.float_info.max for v in values.values())

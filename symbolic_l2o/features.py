@@ -5,6 +5,7 @@ All features are functions of the history of one coordinate's gradient; coordina
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ class GradFeatures:
         for name, value in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
-        if not 0 <= eps < math.inf:
+        if not 0 <= eps <= sys.float_info.max:
             raise ValueError(f"eps must be at least 0, got {eps}")
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         wanted = set(self.names)

@@ -71,7 +71,7 @@ class MetaTraining:
         else:
             found = {"loss": self._descend(horizon)}
         self.epochs += 1
-        if self.epochs % options.evaluate_every == 0:
+        if self.epochs % options.evaluate_every == 0 or self.finished:
             found["evaluation"] = self._evaluate()
         return found
 
@@ -238,8 +238,7 @@ def meta_train(
 ) -> list[float]:
     """Train `learner` in place and leave its best evaluated weights; returns the evaluation losses, the start's first.
 
-    Raises:
-        ValueError: if horizon or unroll of `options` do not fit (as `ConfigError` when they come from a file).
+    A horizon that is no multiple of unroll is refused by `MetaConfig` itself, with `ConfigError`.
     """
     training = MetaTraining(learner, problem, options, seed, validation)
     while not training.finished:

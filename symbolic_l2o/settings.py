@@ -44,7 +44,7 @@ class MetaConfig:
     horizons: list[int] = field(default_factory=list)
     """the curriculum's stages; empty: none"""
     evaluate_every: int = 10
-    """epochs; the best evaluated weights are kept"""
+    """epochs, and at the end; the best evaluated weights are kept"""
     evaluation_horizon: int = 100
     """steps of an evaluating run"""
     evaluation_runs: int = 2
@@ -61,6 +61,9 @@ class MetaConfig:
         require(self.lr > 0, "meta.lr", self.lr, "positive")
         require(self.clip >= 0, "meta.clip", self.clip, "at least 0")
         require(self.coords >= 0, "meta.coords", self.coords, "at least 0")
+        suffix = self.mode == "suffix"
+        require(suffix or not self.coords, "meta.coords", self.coords, "0 with meta.mode forward")
+        require(suffix or not self.stale_tail, "meta.stale_tail", self.stale_tail, "false with meta.mode forward")
         require(self.eta > 0, "meta.eta", self.eta, "positive")
         require(0 <= self.random_scale <= 10, "meta.random_scale", self.random_scale, "in [0, 10]")
         shares = bool(self.imitation) and all(0 <= share <= 1 for share in self.imitation)
@@ -199,6 +202,7 @@ class L2OStudy(StudyConfig):
         require(known, "study.baselines", self.baselines, f"any of {', '.join(BASELINES)}")
         require(bool(self.grid) and min(self.grid) > 0, "study.grid", self.grid, "positive numbers")
         require(self.tune_lr > 0 and self.tune_gain > 0, "study.tune_lr", self.tune_lr, "positive, as study.tune_gain")
+        require("resnet20" not in self.unseen, "study.unseen", self.unseen, "problems that race: all but resnet20")
         for entry in self.networks:
             split_entry(entry)
 

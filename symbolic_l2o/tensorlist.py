@@ -49,6 +49,9 @@ class TensorList:
     def __pow__(self, other: Any) -> "TensorList":
         return self._with(torch._foreach_pow, other)
 
+    def __rpow__(self, other: Any) -> "TensorList":
+        return TensorList(torch._foreach_pow(_plain(other), self.tensors))
+
     def __gt__(self, other: Any) -> "TensorList":
         others = other.tensors if isinstance(other, TensorList) else [_plain(other)] * len(self.tensors)
         return TensorList([tensor > its for tensor, its in zip(self.tensors, others, strict=True)])

@@ -13,6 +13,7 @@ from symbolic_l2o.rule import SymbolicRule
 from symbolic_l2o.settings import MetaConfig
 
 Form = Literal["log", "raw"]
+LARGEST_DECAY, SMALLEST_GAMMA = 0.9999, 1e-4  # where free coefficients stop
 
 
 class TunedRule(nn.Module):
@@ -20,7 +21,8 @@ class TunedRule(nn.Module):
 
     Taps W_g_tau of one feature share a log gain s_g and a log decay d_g: W exp(s_g - d_g tau), because free taps get
     nearly the same gradient and their common gain runs away. Other coefficients are c exp(theta); decays of traces
-    sigmoid(logit rho + theta). With form "raw" each is c + theta.
+    sigmoid(logit rho + theta). With form "raw" each is c + theta,
+    but a decay stays in [0, .9999] and a gamma at least 1e-4, or what the rule itself has beyond that.
 
     Args:
         rule: with coefficients.
@@ -36,7 +38,7 @@ class TunedRule(nn.Module):
             raise ValueError("a rule must have coefficients to be tuned, got none")
         self.rule, self.form = rule, form
         self.features = rule.gradient_features()
-        decays = {node[1] for node in rule.traces}
+        self.decays = decays = {node[1] for node in rule.traces}
         names: list[str] = []
         self.plan: dict[str, tuple[str, Any]] = {}
         for name, value in rule.coefficients.items():
@@ -61,6 +63,10 @@ class TunedRule(nn.Module):
             start = self.rule.coefficients[name]
             if kind == "raw":
                 found[name] = start + place[how]
+                if name in self.decays:
+                    found[name] = found[name].clamp(0, max(start, LARGEST_DECAY))
+                elif name.startswith("gamma"):
+                    found[name] = found[name].clamp(min=min(start, SMALLEST_GAMMA))
             elif kind == "tap":
                 found[name] = start * torch.exp(place[how[0]] - place[how[1]] * how[2])
             elif kind == "log":

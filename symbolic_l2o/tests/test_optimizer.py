@@ -48,6 +48,7 @@ def rules() -> dict[str, SymbolicRule]:
     found["wild"] = SymbolicRule(("g", "t", "nt"), wild)
     odd = ("sub", 0.5, ("div", 1.0, ("add", 2.0, ("square", ("sinh", ("log", ("z", "magic2.5", 0)))))))
     found["odd"] = SymbolicRule(("magic2.5", "log", "sgn"), ("mul", ("sign", ("z", "sgn", 0)), ("cube", odd)))
+    found["powers"] = SymbolicRule(("mt", "g"), ("mul", ("z", "g", 0), ("pow", 2.0, ("pow", ("z", "mt", 1), 2.0))))
     return found
 
 

@@ -92,6 +92,15 @@ def equation(arm: str, by: str, seed: int = 0, **metrics: Any) -> dict[str, Any]
     return {"cell": {"arm": arm, "what": "equation", "by": by}, "seed": seed, "metrics": metrics}
 
 
+def teacher(arm: str, loss: float, seed: int = 0) -> dict[str, Any]:
+    return {"cell": {"arm": arm, "what": "teacher"}, "seed": seed, "metrics": {"start_loss": 3.0, "loss": loss}}
+
+
+def network(by: str, test: float, **val: float) -> dict[str, Any]:
+    cell = {"what": "network", "by": by}
+    return {"cell": cell, "seed": 0, "metrics": {"test_accuracy": test, **{f"{k}_accuracy": v for k, v in val.items()}}}
+
+
 def judged(claim: str, rows_: list[dict[str, Any]]) -> tuple[str, list[float]]:
     (found,) = judge([one for one in CLAIMS if one.id == claim], rows_)
     return found["verdict"], found["values"]
@@ -120,10 +129,33 @@ def test_the_race_is_won_where_both_rivals_are_beaten(better: int, verdict: str,
 def test_an_equation_is_compared_with_its_own_teacher() -> None:
     found = []
     for seed in range(3):
-        found.append(race_row("rp_s", "teacher", "sig", [0.10, 0.12], seed))
+        found += [teacher("rp_s", 0.7, seed), race_row("rp_s", "teacher", "sig", [0.10, 0.12], seed)]
         found.append(race_row("rp_s", "pole", "sig", [0.11, 0.11 + 0.001 * seed], seed))
     assert judged("C4b", found)[0] == "held"
     assert judged("C4b", found)[1] == pytest.approx([0, 0.0045, 0.0091], abs=1e-3)
+
+
+def test_a_teacher_that_has_not_learnt_is_left_out_of_its_races() -> None:
+    found = []
+    for seed, loss in enumerate((0.7, 2.3033)):
+        for arm in ("rp", "rp_s", "rp_si"):
+            found += [teacher(arm, loss, seed), race_row(arm, "template", "sig", [0.1], seed)]
+            found += [race_row(arm, "teacher", problem, [0.1], seed) for problem in ("sig", "relu01")]
+    for claim in ("C4a", "C4c", "C4d", "C4f", "C4g"):
+        assert judged(claim, found)[1] == [0], claim
+
+
+def test_a_missing_cell_leaves_the_other_seeds_measured() -> None:
+    found = [equation("rp_s", "pole", seed, r2=0.8) for seed in range(3)]
+    found.append({"cell": {"arm": "rp", "what": "teacher"}, "seed": 3, "metrics": {"loss": 1.0}})
+    assert judged("C2b", found) == ("held", [0.8] * 3)
+
+
+def test_the_tuned_rule_alone_is_compared_and_chosen_in_validation() -> None:
+    found = [network("tuned", 80.0, val=81), network("tuned", 83.0, val=79), network("symbolic", 90.0, val=90)]
+    found += [network("sgdm", 79.0, val=80), network("sgdm", 85.0, val=70), network("adam", 78.0, val=75)]
+    assert judged("C8d", found)[1] == [1] and judged("C8e", found)[1] == [2]
+    assert judged("C8d", [network("tuned", 80.0), network("adam", 70.0)]) == ("inconclusive", [])
 
 
 def test_the_form_claim_takes_the_worst_teacher() -> None:

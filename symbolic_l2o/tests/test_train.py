@@ -118,6 +118,15 @@ def test_a_run_killed_again_and_again_equals_an_undisturbed_one_bit_for_bit(
     assert children.tree(folder, names) == children.tree(whole, names) and len(children.tree(folder, names)) == 3
 
 
+def test_two_processes_tune_the_rule_of_one(tmp_path: Path) -> None:  # acceptance 30
+    options = ["--task", "tune", "--meta.lr", 0.1, "--rule.gain", 0.1]
+    done = children.run(*children.TORCHRUN, SCRIPT, *arguments(*options, "--run.folder", tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    one = train(config(*options), tmp_path / "one", quiet)
+    rules = [SymbolicRule.from_json(d["rule"]).coefficients for d in (one, read_json(tmp_path / "two" / "done.json"))]
+    assert rules[1] == pytest.approx(rules[0], abs=1e-5) and one["loss"] < one["start_loss"]
+
+
 def test_two_processes_meta_train_the_teacher_of_one(finished: Path, tmp_path: Path) -> None:  # acceptance 30
     done = children.run(*children.TORCHRUN, SCRIPT, *arguments("--run.folder", tmp_path / "two"))
     assert done.returncode == 0, done.stderr
@@ -144,7 +153,7 @@ def test_eval_prints_the_equations(finished: Path, capsys: pytest.CaptureFixture
     [
         (["--meta.unroll", 5], "meta.horizon must be a multiple of meta.unroll = 5, got 12"),
         (["--meta.unroll", 0], "meta.unroll must be at least 1, got 0"),
-        (["--meta.mode", "forward"], "meta.mode must be suffix for a teacher, got 'forward'"),
+        (["--meta.mode", "forward", "--meta.coords", 0], "meta.mode must be suffix for a teacher, got 'forward'"),
         (["--meta.imitation", "[1.5]"], "meta.imitation must be probabilities, at least one, got [1.5]"),
         (["--teacher", "gru"], "teacher"),
         (["--rule.source", "missing.json", "--task", "tune"], "rule.source must be one of rp_pole_mnist5k, "),
@@ -176,6 +185,9 @@ def test_a_malicious_rule_file_does_nothing_but_raise(tmp_path: Path) -> None:  
         (NetworkConfig, {"lr": 0.0}, "network.lr must be positive"),
         (NetworkConfig, {"epochs": 0}, "network.epochs must be at least 1"),
         (MetaConfig, {"random_scale": 11.0}, "meta.random_scale must be in"),
+        (MetaConfig, {"mode": "forward", "coords": 9}, "meta.coords must be 0 with meta.mode forward, got 9"),
+        (MetaConfig, {"mode": "forward", "stale_tail": True}, "meta.stale_tail must be false with meta.mode forward"),
+        (L2OStudy, {"unseen": ["resnet20"]}, "study.unseen must be problems that race"),
         (MetaConfig, {"horizons": [40, 20]}, "meta.horizons must be rising"),
         (RecordConfig, {"rows": 0}, "records.rows must be at least 1"),
         (L2OStudy, {"networks": ["lion:0.1"]}, "study.networks must be symbolic, tuned or one of"),

@@ -200,6 +200,12 @@ def test_a_trained_teacher_beats_its_start_and_the_best_is_kept() -> None:
     assert best == pytest.approx(min(history), abs=1e-6)
 
 
+@pytest.mark.parametrize(("epochs", "evaluations"), [(2, 2), (4, 3)])
+def test_the_last_epochs_are_evaluated_too(epochs: int, evaluations: int) -> None:
+    options = MetaConfig(epochs=epochs, horizon=8, unroll=4, evaluate_every=3, evaluation_horizon=8)
+    assert len(meta_train(teacher(), tiny_problem(), options)) == evaluations
+
+
 def test_the_same_seed_trains_the_same_teacher() -> None:  # acceptance 27
     found = []
     for seed in (0, 0, 1):
@@ -284,6 +290,16 @@ def test_tuning_mends_a_rule_that_is_too_small_and_never_returns_worse(mode: str
     same, history = meta_tune(small, tiny_problem(), wild)
     loss = MetaTraining(TunedRule(same), tiny_problem(), wild, 0).evaluation_loss(20)
     assert loss <= history[0] + 1e-6 and history[0] <= max(history)
+
+
+def test_free_coefficients_stay_where_a_rule_may_be() -> None:
+    learner = TunedRule(presets("rp_pole_mnist5k"), "raw")
+    for value in (-9.0, 9.0):
+        with torch.no_grad():
+            learner.theta.fill_(value)
+        found = learner.tuned().coefficients  # which refuses a decay of 1 and a gamma of 0
+        assert all(0 <= found[name] <= 0.9999 for name in learner.decays)
+        assert found["w_mt"] == pytest.approx(learner.rule.coefficients["w_mt"] + value, rel=1e-5)
 
 
 def test_both_modes_of_tuning_are_the_same() -> None:
