@@ -22,7 +22,7 @@ from certified_pruning.models import build_model
 from certified_pruning.objective import robust_loss
 from certified_pruning.settings import Config
 from common import distributed
-from common.config import ConfigError, command
+from common.config import ConfigError, command, require
 from common.data import ImageSet, Splits, batches, load, pixels, steps_per_epoch
 from common.experiment import accuracy, train_command
 from common.masks import Masks, prunable_weights
@@ -37,6 +37,7 @@ def train(config: Config, folder: Path, progress: Callable[[float], None] | None
         folder: the run's.
         progress: called with the finished fraction instead of drawing a progress bar.
     """
+    require(config.data.val > 0, "data.val", config.data.val, "above 0: levels are chosen on validation images")
     with distributed.process_group() as device:
         splits = load(config.data)
         steps = config.train.epochs * steps_per_epoch(splits.train, config.train.batch_size)

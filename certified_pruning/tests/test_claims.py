@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def judged() -> dict[str, dict[str, Any]]:
         ("C4b", [2, 4, 0], "inconclusive"),  # random, chosen on validation too, verifies 62
         ("C6a", [-0.014, -0.016, -0.012], "held"),
         ("C6b", [-140, -160, -120], "held"),
-        ("C6c", [-1, -1, -1], "held"),
+        ("C6c", [math.atanh(-(1 - 1e-6))] * 3, "held"),
         ("C7", [5, 6, 4], "held"),
     ],
 )
@@ -54,6 +55,16 @@ def test_claims_measure_what_they_say(claim: str, values: list[float], verdict: 
     found = judged()[claim]
     assert found["values"] == pytest.approx(values)
     assert found["verdict"] == verdict
+
+
+def test_correlations_are_judged_where_they_are_normal() -> None:
+    rows = []
+    for seed, verified in enumerate(([1, 2, 3, 4, 5], [1, 2, 3, 5, 4], [2, 1, 3, 5, 4])):
+        rows += [row(seed, "imp", n, value, 1, unstable=1 - n / 10) for n, value in enumerate(verified)]
+    (claim,) = [claim for claim in claims(None) if claim.id == "C6c"]
+    (found,) = judge([claim], rows)
+    assert found["values"][1:] == pytest.approx([math.atanh(-0.9), math.atanh(-0.8)])
+    assert found["high"] > found["estimate"] and found["rule"].startswith("< -0.549306 (t, 95 %)")
 
 
 def test_a_ticket_must_hold_in_every_seed() -> None:

@@ -235,6 +235,12 @@ def test_pruning_channels_of_a_network_without_norms_is_refused(tmp_path: Path) 
         train(config("--model.name", "cnn_a", "--prune.method", "slim"), tmp_path / "run", quiet)
 
 
+def test_a_chain_without_validation_images_is_refused_before_it_is_begun(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.val must be above 0: levels are chosen on validation images, got 0"):
+        train(config("--data.val", 0), tmp_path / "run", quiet)
+    assert not (tmp_path / "run").exists()
+
+
 def test_emptying_a_layer_ends_the_run_by_its_name(tmp_path: Path) -> None:
     options = ["--prune.method", "slim", "--prune.rate", 0.9, "--prune.min_channels", 0]
     with pytest.raises(UserError, match=r"prune.method slim, round 0: layer '\d' would keep nothing"):
