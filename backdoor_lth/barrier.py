@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from backdoor_lth.compaction import compact_states
+from backdoor_lth.frozen import frozen
 from backdoor_lth.pruning import masked
 from common.masks import Masks
 
@@ -56,7 +57,7 @@ def error_barrier(
     """Evaluate alpha * a + (1 - alpha) * b at evenly spaced alphas, in eval mode, on the same batches.
 
     Every floating entry is interpolated, batch-norm statistics included; integer buffers are those of `state_a`. The
-    model itself is not touched but for its mode, which comes back.
+    model itself is not touched but for its modes, which come back.
 
     Args:
         model: any module returning (n, classes) logits.
@@ -83,15 +84,11 @@ def error_barrier(
         raise ValueError("batches must hold images, got none or an empty one")
     alphas = [index / (points - 1) for index in range(points)]
     states = _line(state_a, state_b, alphas, aliased)
-    training = model.training
-    model.eval()
-    try:
-        networks: Iterable[Network] = (partial(_called, model, state) for state in states)
-        if compacted:
-            networks = compact_states(model, batches[0][0].shape[1:], states)
+    networks: Iterable[Network] = (partial(_called, model, state) for state in states)
+    if compacted:
+        networks = compact_states(model, batches[0][0].shape[1:], states)
+    with frozen(model):
         values = [_errors(network, batches) for network in networks]
-    finally:
-        model.train(training)
     return Barrier(alphas, [error for error, _ in values], [loss for _, loss in values])
 
 

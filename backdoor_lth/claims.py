@@ -25,7 +25,7 @@ SETTING = "ResNet-20s, CIFAR-10, RGB trigger, 1 % poison"
 
 def claims(config: Config) -> list[Claim]:
     """B1 to B13 and K1 to K5 at the thresholds of the study; without its arms a claim is inconclusive."""
-    extreme, target, chance = config.score.extreme, config.attack.target, 10.0
+    extreme, target = config.score.extreme, config.attack.target
     share = {"interval": "binomial", "unit": "of seeds"}
     sign = {"interval": "sign"}
     control = {"source": "control, not in the paper", "paper": "not measured"}
@@ -35,7 +35,7 @@ def claims(config: Config) -> list[Claim]:
             "statement": "The Trojan outlives accuracy: kept share of ASR minus kept share of SA, mean of tickets",
             "source": "Fig. 4",
             "paper": f"above 99 % sparsity ASR far above SA ({SETTING})",
-            "measure": outlives("asr", extreme, 150, chance),
+            "measure": outlives("asr", extreme, 150),
             "unit": "of the dense value",
             **sign,
         },
@@ -43,13 +43,13 @@ def claims(config: Config) -> list[Claim]:
             "id": "B1b",
             "statement": "The same by lift, which a network that answers the target to everything lacks",
             **control,
-            "measure": outlives("lift", extreme, 150, chance),
+            "measure": outlives("lift", extreme, 150),
             "unit": "of the dense value",
             **sign,
         },
         {
             "id": "B2a",
-            "statement": "A winning ticket exists: ASR at least 90 %, SA at most 20 %",
+            "statement": "A winning ticket exists: ASR at least 90 %, SA at most twice chance",
             "source": "Figs. 3, 4",
             "paper": f"0.05 % of the weights, SA 11.38 %, ASR 94.49 % ({SETTING})",
             "measure": exists(extreme, -100),
@@ -171,11 +171,10 @@ def claims(config: Config) -> list[Claim]:
             "paper": f"noise 99.6 %, 100 clean images 99.8 % ({SETTING})",
             "measure": difference("own_asr", "winner", "winner-clean"),
             "threshold": -10.0,
-            "interval": "bootstrap",
         },
         {
             "id": "B8",
-            "statement": "The target's mask is smaller on the winner than on the denser and the sparser ticket",
+            "statement": "The target's mask is smaller on the winner than on the tickets H and L (seeds with both)",
             "source": "Tables A4-A7",
             "paper": f"29.8 against 124.9 (H) and 276.1 (L) ({SETTING})",
             "measure": smallest(target),
@@ -194,7 +193,7 @@ def claims(config: Config) -> list[Claim]:
         },
         {
             "id": "K4a",
-            "statement": "Labels alone, no trigger: a 'winning ticket' of ASR at least 90 %, SA at most 20 % exists",
+            "statement": "Labels alone: a 'winning ticket' of ASR at least 90 %, SA at most twice chance exists",
             **control,
             "measure": exists(extreme, -100, "relabelled"),
             "threshold": 0.5,
@@ -230,7 +229,7 @@ def claims(config: Config) -> list[Claim]:
     rows += [
         {
             "id": name,
-            "statement": f"Best lift of a ticket of SA at most 20 %, IMP minus this arm: {words}",
+            "statement": f"Best lift of a ticket of SA at most twice chance, IMP minus this arm: {words}",
             "source": source,
             "paper": f"curves, no number ({SETTING})",
             "measure": best_lift(extreme, arm),

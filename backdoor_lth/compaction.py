@@ -9,21 +9,24 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 from backdoor_lth.channel_program import Compacted, Run, layer, total
+from backdoor_lth.frozen import frozen
 from backdoor_lth.pixel_program import pixel_program
-from backdoor_lth.traced import Traced, UnsupportedError, normalization
+from backdoor_lth.traced import Traced, UnsupportedError, called, normalization
 
 SPARSE, WIDTH = 10, 16
 """times cheaper is a multiplication in a dense convolution than alone, on one thread; inputs that it costs at least"""
-CANNOT = (UnsupportedError, fx.proxy.TraceError, NotImplementedError, TypeError, AttributeError)
-"""be compacted: what tracing and folding raise"""
+LOGITS, GRADIENTS = 1e-3, 1e-2
+"""how far they may be from the model's own, as a share; a rectified value near 0 may fall on the other side"""
 
 
 @dataclass
@@ -38,17 +41,18 @@ class _Channels:
     live: Tensor
     const: Tensor
     bias: Tensor
-    needed: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.needed = torch.zeros_like(self.live)
 
     @property
     def kept(self) -> Tensor:
         """Positions of the channels to compute: live and read by something."""
-        assert self.needed is not None
         return (self.live & self.needed).nonzero().squeeze(1)
 
     def ask(self, wanted: Tensor) -> None:
         """Something reads these channels."""
-        self.needed = wanted if self.needed is None else self.needed | wanted
+        self.needed = self.needed | wanted
 
 
 def compact(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
@@ -56,16 +60,18 @@ def compact(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
 
     Gradients with respect to the input are the same too; those of the weights are not available. Convolutions
     (ungrouped), batch norm, linear layers, sums, concatenation, pooling, common activations, slices and channel padding
-    are known; with anything else the model itself comes back, with a warning. On a CPU what has very few weights left,
-    and no other activation than ReLU, becomes a `PixelProgram`.
+    are known; with anything else, and where logits or input gradients of two random images turn out different, the
+    model itself comes back, with a warning. On a CPU what has very few weights left, and no other activation than ReLU,
+    becomes a `PixelProgram`.
 
     Args:
         model: any module torch.fx can trace; not changed. It is folded as in eval mode.
         input_shape: (channels, height, width).
     """
     try:
-        return _compacted(Traced(model), tuple(input_shape))
-    except CANNOT as error:
+        with frozen(model):
+            return _checked(Traced(model), tuple(input_shape), model)
+    except Exception as error:  # of torch.fx, of any module: whatever it is, the model itself still works
         warnings.warn(f"the model is used as it is, not compacted: {error}", stacklevel=2)
         return model
 
@@ -78,12 +84,32 @@ def compact_states(
     for state in states:
         try:
             graph = graph or Traced(model)
-            network = _compacted(graph.loaded(state), tuple(input_shape))
-        except CANNOT as error:
+            with frozen(model):
+                plain = partial(functional_call, model, dict(state))
+                network = _checked(graph.loaded(state), tuple(input_shape), plain)
+        except Exception as error:
             warnings.warn(f"the model is used as it is, not compacted: {error}", stacklevel=2)
             network = copy.deepcopy(model).eval()
             network.load_state_dict(state)
         yield network
+
+
+def _checked(graph: Traced, shape: tuple[int, ...], network: Callable[..., Tensor]) -> nn.Module:
+    """The network compacted. Raises `UnsupportedError` unless it answers two random images as `network` does."""
+    folded = _compacted(graph, shape)
+    images, found = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(graph.like), []
+    with torch.enable_grad():
+        for each in (network, folded):
+            x = images.clone().requires_grad_()
+            logits = each(x)
+            found.append((logits, *torch.autograd.grad(logits.square().sum(), x)))
+    (own, gradient), (ours, its) = found
+    if not (own - ours).norm() <= LOGITS * own.norm():
+        raise UnsupportedError("its logits come out different")
+    noise = torch.finfo(own.dtype).eps * own.square().sum()  # gradients below it are of rounded logits
+    if not (gradient - its).norm() <= GRADIENTS * gradient.norm() + noise:
+        raise UnsupportedError("its input gradients come out different")
+    return folded
 
 
 @torch.no_grad()
@@ -108,6 +134,8 @@ class _Folding:
             self.known[node] = self._forward(node)
         for node in reversed(self.nodes):
             self._backward(node)
+        for node in self.nodes:
+            self._widen(node)
 
     @property
     def sparse(self) -> bool:
@@ -120,7 +148,7 @@ class _Folding:
                 pixels = channels.const[0, 0].numel()
                 dense += pixels * len(weight) * max(len(inputs), WIDTH) * math.prod(weight.shape[2:])
                 few += pixels * int(weight.count_nonzero())
-        return few * SPARSE <= dense
+        return few * SPARSE < dense
 
     def compacted(self) -> Compacted:
         """The program of what is left."""
@@ -152,8 +180,9 @@ class _Folding:
             live = (_connections(module) & first.live).any(1)
             return _channels(live, module(first.const))
         if kind == "add":
-            live = sources[0].live | sources[1].live
-            return _channels(live, sources[0].const + sources[1].const)
+            if first.const.shape != sources[1].const.shape:
+                raise UnsupportedError(f"{called(node)} of different shapes")
+            return _channels(first.live | sources[1].live, first.const + sources[1].const)
         if kind == "cat":
             return _channels(torch.cat([each.live for each in sources]), torch.cat([each.const for each in sources], 1))
         if kind == "pad":
@@ -161,9 +190,11 @@ class _Folding:
             return _channels(F.pad(first.live, (before, after)), F.pad(first.const, node.args[1]))  # type: ignore[arg-type]
         if kind == "flatten":
             return _channels(first.live.repeat_interleave(first.const[0, 0].numel()), first.const.flatten(1))
-        const = self.graph.function(node)(first.const)
-        if const.shape[1] != len(first.live):
-            raise UnsupportedError(f"{node.op} {node.target} that changes channels")
+        function = self.graph.function(node)
+        const = function(first.const)
+        alone = kind != "pixels" or function(first.const[:, :1]).shape[1:2] == (1,)
+        if const.shape[1:2] != first.live.shape or not alone:
+            raise UnsupportedError(f"{called(node)} that changes channels")
         return _channels(first.live, const)
 
     def _backward(self, node: fx.Node) -> None:
@@ -171,10 +202,7 @@ class _Folding:
         if kind in ("output", "placeholder"):  # logits are all read, inputs all given
             channels.ask(torch.ones_like(channels.live))
             return
-        if channels.needed is None:
-            channels.ask(torch.zeros_like(channels.live))
         needed = channels.needed
-        assert needed is not None
         sources = [self.known[each] for each in node.all_input_nodes]
         if kind in ("conv", "linear"):
             sources[0].ask(_connections(self.graph.module(node))[channels.live & needed].any(0))
@@ -185,12 +213,24 @@ class _Folding:
             before = node.args[1][4]  # type: ignore[index]
             sources[0].ask(needed[before : before + len(sources[0].live)])  # type: ignore[operator]
         elif kind == "flatten":
-            asked = needed.view(len(sources[0].live), -1).any(1)
-            sources[0].ask(asked)
-            channels.needed = asked.repeat_interleave(len(needed) // len(asked))
+            sources[0].ask(needed.view(len(sources[0].live), -1).any(1))
         else:
             for source in sources:
                 source.ask(needed)
+
+    def _widen(self, node: fx.Node) -> None:
+        """Layers choose among the channels that a source computes for all its readers; other nodes take them all."""
+        channels, kind = self.known[node], self.graph.kind(node)
+        needed = [self.known[each].needed for each in node.all_input_nodes]
+        if kind == "cat":
+            channels.needed = torch.cat(needed)
+        elif kind == "pad":
+            channels.needed = F.pad(needed[0], node.args[1][4:])  # type: ignore[index, arg-type]
+        elif kind == "flatten":
+            channels.needed = needed[0].repeat_interleave(len(channels.live) // len(needed[0]))
+        elif kind not in ("conv", "linear"):
+            for each in needed:
+                channels.ask(each)
 
     def _run(self, node: fx.Node, sources: list[fx.Node]) -> Run:
         """The node's computation on kept channels alone, of those sources that have any."""

@@ -44,8 +44,10 @@ def anomaly_index(norms: Sequence[float]) -> float:
 def detect(inversion: Inversion, norm: Literal["mask", "trigger"] = "mask") -> Detection:
     """The label whose trigger is least, by the mask (the paper's tables) or by mask * mark (its text).
 
-    Raises ValueError for fewer than 3 labels.
+    Raises ValueError for fewer than 3 labels or another norm.
     """
+    if norm not in ("mask", "trigger"):
+        raise ValueError(f"norm must be one of mask, trigger, got {norm!r}")
     norms = (inversion.l1 if norm == "mask" else inversion.trigger_l1).tolist()
     index = anomaly_index(norms)
     least = min(range(len(norms)), key=norms.__getitem__)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from backdoor_lth.barrier import error_barrier, fine_tuned
 from backdoor_lth.metrics import evaluate as metrics_of
+from backdoor_lth.metrics import implanted
 from backdoor_lth.pruning import disconnected, masked
 from backdoor_lth.scanning import folded, inverted, judged
 from backdoor_lth.settings import Config
@@ -64,7 +65,7 @@ def _chain(config: Config, folder: Path, there: Victim, progress: Progress) -> M
     high, low = denser(sa, asr, dense_rates["sa"]), sparser(sa, asr, won, there.train.classes)
     scans: Metrics = {}
     chosen = {"dense": None, "winner": won, "H": high, "L": low}
-    wanted = [name for name in chosen if name != "H" or high is not None]
+    wanted = [name for name, at in chosen.items() if name == "dense" or at is not None]
     images = config.inversion.clean
     for name in [*wanted, *(["winner-clean"] if images else [])]:
         at = chosen[name.removesuffix("-clean")]
@@ -143,18 +144,28 @@ def _clean_inputs(config: Config, there: Victim, count: int) -> Tensor:
 def _summary(metrics: Metrics, config: Config) -> str:
     if config.task == "surrogate":
         return f"SA {metrics['sa']:.2f} %"
-    lines = [f"dense: SA {metrics['dense']['sa']:.1f} %, ASR {metrics['dense']['asr']:.1f} %"]
+    attacked, target = config.attack.kind != "none", config.attack.target
+    names = ("sa", "asr", "ctr", "lift") if attacked else ("sa",)
+
+    def rates(of: Metrics) -> str:
+        return ", ".join(f"{name.upper()} {of[name]:.1f}" for name in names) + " %"
+
+    missed = "; attack not implanted" if not implanted(metrics["dense"], config.attack.kind) else ""
+    lines = [f"dense: {rates(metrics['dense'])}{missed}"]
     for each in metrics["rounds"]:
-        rates = ", ".join(f"{name.upper()} {each[name]:.1f}" for name in ("sa", "asr", "ctr", "lift"))
         lost = f"; nothing left of {', '.join(each['disconnected'])}" if each["disconnected"] else ""
-        lines.append(f"ticket {each['round']}: {each['kept']} weights, score {each['score']:.3f}, {rates} %{lost}")
+        lines.append(f"ticket {each['round']}: {each['kept']} weights, score {each['score']:.3f}, {rates(each)}{lost}")
     for name, scan in metrics["scans"].items():
         kind = "trigger-driven" if scan["trigger_driven"] else "not shown to be trigger-driven"
-        lines.append(
+        found = (
             f"{name}: label {scan['detected']} (least mask {min(scan['l1']):.1f}, index {scan['index']:.2f}, without "
-            f"inversion {scan['collapse_label']}), recovered trigger {scan['own_asr']:.1f} % on itself, "
-            f"{scan['dense_asr']:.1f} % on the dense network, which gives {scan['dense_null']:.1f} % without; {kind}"
+            f"inversion {scan['collapse_label']}), its recovered trigger {scan['detected_asr']:.1f} % on itself"
         )
+        known = (
+            f"; target {target}: recovered trigger {scan['own_asr']:.1f} % on itself, {scan['dense_asr']:.1f} % on the "
+            f"dense network, which gives {scan['dense_null']:.1f} % without; {kind}"
+        )
+        lines.append(found + known if attacked else found)
     return "\n".join(lines)
 
 

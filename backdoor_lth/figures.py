@@ -1,10 +1,12 @@
 """Figures of the study: rates and score over density, masks by label, and what each scan found."""
 
+from collections.abc import Mapping
 from statistics import mean
 
 from matplotlib.figure import Figure
 
 from backdoor_lth.measures import seeds_of
+from backdoor_lth.metrics import implanted
 from common.claims import Rows
 
 RATES = {"sa": "SA", "asr": "ASR", "ctr": "CTR", "tuned_asr": "ASR, fine-tuned"}
@@ -22,10 +24,18 @@ def draw(rows: Rows) -> dict[str, Figure]:
     return figures
 
 
-def summary(rows: Rows) -> list[str]:
-    """One line for each arm and network: how often the target was named, and means over seeds, controls beside."""
+def summary(rows: Rows, kinds: Mapping[str, str]) -> list[str]:
+    """One line for each arm and network: how often the target was named, and means over seeds, controls beside.
+
+    `kinds` are the attacks of the arms: where one is not implanted, a line says at which seeds.
+    """
     lines = []
     for arm in dict.fromkeys(row["cell"]["arm"] for row in rows):
+        dense = [row for row in rows if (row["cell"]["arm"], row["cell"]["what"]) == (arm, "dense")]
+        if missed := [str(row["seed"]) for row in dense if not implanted(row["metrics"], kinds[arm])]:
+            lines.append(
+                f"{arm}: attack not implanted at seeds {', '.join(missed)} (ASR below 90 % on the dense network)"
+            )
         for network in (*NETWORKS, "winner-clean"):
             found = _scans(rows, arm, network)
             if not found:

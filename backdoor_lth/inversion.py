@@ -1,13 +1,13 @@
 """Trigger inversion on any network: which small picture turns every input into a given label (Sec. 4; spec c7, c8)."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from backdoor_lth.frozen import frozen
 from backdoor_lth.neural_cleanse import neural_cleanse
 from backdoor_lth.tabor import AttackLoss, Search, tabor
 from backdoor_lth.traced import anchor
@@ -73,11 +73,20 @@ def invert(
         seed: of starts and noise.
 
     Raises:
-        ValueError: shapes, counts or labels that cannot be, logits that are not (n, classes) or not finite.
+        ValueError: shapes, counts, labels or names that cannot be, logits that are not (n, classes) or not finite.
     """
+    for name, given, allowed in (
+        ("method", method, ("tabor", "nc")),
+        ("attack_loss", attack_loss, ("ce", "cw")),
+        ("keep", keep, ("last", "min")),
+    ):
+        if given not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
     shape = tuple(input_shape)
     if len(shape) != 3:
         raise ValueError(f"input_shape must be (channels, height, width), got {shape}")
+    if isinstance(base, str) and base != "noise":
+        raise ValueError(f"base must be noise or images, got {base!r}")
     if isinstance(base, Tensor) and (base.shape[1:] != shape or not len(base)):
         raise ValueError(f"base must be (n, {', '.join(map(str, shape))}) with n at least 1, got {tuple(base.shape)}")
     for name, value, least in (("count", count, 1), ("steps", steps, 1), ("chunk", chunk, 0)):
@@ -86,10 +95,10 @@ def invert(
     like = anchor(model)
     base = base if isinstance(base, str) else base.to(like)
     with frozen(model):
-        classes = _classes(model, like.new_zeros(1, *shape))
+        classes = classes_of(model, like.new_zeros(1, *shape))
         wanted = list(range(classes)) if labels is None else list(labels)
-        if odd := [label for label in wanted if not 0 <= label < classes]:
-            raise ValueError(f"labels must be in [0, {classes}), got {odd[0]}")
+        if not wanted or not all(0 <= label < classes for label in wanted):
+            raise ValueError(f"labels must be at least one, in [0, {classes}), got {wanted}")
         size = 1 if method == "nc" else chunk or (1 if like.device.type == "cpu" else len(wanted))
         found, nulls = [], []
         for start in range(0, len(wanted), size):
@@ -137,24 +146,8 @@ class _Draws:
         return self.noise
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients of the weights; modes and flags come back afterwards, whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-def _classes(model: nn.Module, x: Tensor) -> int:
+def classes_of(model: nn.Module, x: Tensor) -> int:
+    """How many classes the model answers, tried on inputs x. Raises ValueError for other logits than (n, classes)."""
     with torch.no_grad():
         logits = model(x)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):

@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from backdoor_lth.traced import UnsupportedError
+
 Matrix = Any  # scipy.sparse.csr_array, which has no types
+MOST_ENTRIES = 2**25
+"""of all matrices together, some 50 bytes each while a program is made; past it channels are cheaper"""
 
 
 @dataclass
@@ -25,10 +29,14 @@ class Lazy:
 
 
 class Pixels:
-    """The rows computed so far, in steps. Methods do one operation of the network each, on lazy values."""
+    """The rows computed so far, in steps. Methods do one operation of the network each, on lazy values.
+
+    They raise `UnsupportedError` once there are more than `MOST_ENTRIES`.
+    """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.inputs = self.rows = int(np.prod(shape))
+        self.entries = 0
         self.steps: list[tuple[Matrix, np.ndarray]] = []
         self.input = Lazy(shape, csr(sparse.eye_array(self.rows)), np.zeros(self.rows), np.full(self.rows, -np.inf))
 
@@ -40,20 +48,21 @@ class Pixels:
             floor[entries == 1] = x.floor[weight.indices]
         else:
             self._compute(x, np.unique(weight.indices))
-        return Lazy(shape, csr(weight @ self._wide(x)), weight @ x.const + bias, floor + bias)
+        return self._lazy(shape, csr(weight @ self._wide(x)), weight @ x.const + bias, floor + bias)
 
     def add(self, x: Lazy, y: Lazy) -> Lazy:
         """x + y, of equal shapes."""
         for one, other in ((x, y), (y, x)):  # a floor stays only beside a constant
             self._compute(one, np.flatnonzero(np.diff(other.matrix.indptr)))
         floor = np.maximum(x.floor + y.const, y.floor + x.const)
-        return Lazy(x.shape, csr(self._wide(x) + self._wide(y)), x.const + y.const, floor)
+        return self._lazy(x.shape, csr(self._wide(x) + self._wide(y)), x.const + y.const, floor)
 
     def cat(self, parts: list[Lazy]) -> Lazy:
         """Side by side along the channels."""
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         matrix = csr(sparse.vstack([self._wide(part) for part in parts]))
-        return Lazy(shape, matrix, *(np.concatenate([getattr(p, name) for p in parts]) for name in ("const", "floor")))
+        const, floor = (np.concatenate([getattr(part, name) for part in parts]) for name in ("const", "floor"))
+        return self._lazy(shape, matrix, const, floor)
 
     def relu(self, x: Lazy) -> Lazy:
         """max(x, 0); without a floor where that changes nothing."""
@@ -63,7 +72,12 @@ class Pixels:
         above = np.bincount(pixel[signed], minlength=len(floor)) == 0  # then the least value is the constant
         constant = np.diff(matrix.indptr) == 0
         const = np.where(constant, np.maximum(x.const, floor), x.const)
-        return Lazy(x.shape, matrix.copy(), const, np.where(above & (const >= floor), -np.inf, floor))
+        return self._lazy(x.shape, matrix.copy(), const, np.where(above & (const >= floor), -np.inf, floor))
+
+    def _lazy(self, shape: tuple[int, ...], matrix: Matrix, const: np.ndarray, floor: np.ndarray) -> Lazy:
+        self.entries += matrix.nnz
+        bounded(self.entries)
+        return Lazy(shape, matrix, const, floor)
 
     def _compute(self, x: Lazy, pixels: np.ndarray) -> None:
         """A step for those of these pixels that have a floor: max(floor, v) = floor + relu(v - floor)."""
@@ -103,6 +117,12 @@ class Pixels:
                 size = (len(const[own]), places[start - 1] + 1)
                 needed.append((csr(sparse.csr_array((left.data, (left.row, places[left.col])), size)), const[own]))
         return needed
+
+
+def bounded(entries: int) -> None:
+    """Raise `UnsupportedError` beyond `MOST_ENTRIES`."""
+    if entries > MOST_ENTRIES:
+        raise UnsupportedError(f"{entries} entries of matrices, where {MOST_ENTRIES} are the most")
 
 
 def csr(matrix: Matrix) -> Matrix:

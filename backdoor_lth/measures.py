@@ -5,6 +5,7 @@ network: dense | winner | H | L | winner-clean}; metrics in percent, the Trojan 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from statistics import mean
 from typing import Any
 
@@ -55,17 +56,22 @@ def tickets(rows: Rows, arm: str, seed: int, least: int = 0, most: float = 1.0) 
     return found
 
 
-def outlives(name: str, extreme: float, least: int, chance: float) -> Measure:
+def chance(rows: Rows, arm: str, seed: int) -> float:
+    """Accuracy of guessing, percent: a scan has a mask of every class."""
+    return 100 / len(scan(rows, arm, seed, "dense")["l1"])
+
+
+def outlives(name: str, extreme: float, least: int) -> Measure:
     """B1: mean share that `name` keeps of its dense value, minus the share of accuracy above chance that is kept."""
 
     def value(rows: Rows, seed: int) -> float:
-        dense = networks(rows, "poisoned", seed, what="dense")[0]
+        dense, guess = networks(rows, "poisoned", seed, what="dense")[0], chance(rows, "poisoned", seed)
 
         def kept(now: float, before: float) -> float:
             return min(max(now / before, 0), 1) if before > 0 else 0.0
 
         return mean(
-            kept(each[name], dense[name]) - kept(each["sa"] - chance, dense["sa"] - chance)
+            kept(each[name], dense[name]) - kept(each["sa"] - guess, dense["sa"] - guess)
             for each in tickets(rows, "poisoned", seed, least, extreme)
         )
 
@@ -73,11 +79,11 @@ def outlives(name: str, extreme: float, least: int, chance: float) -> Measure:
 
 
 def exists(extreme: float, lift: float, arm: str = "poisoned") -> Measure:
-    """B2: 1 if a ticket of the regime has ASR at least 90 %, SA at most 20 % and at least this lift."""
+    """B2: 1 if a ticket of the regime has ASR at least 90 %, SA at most twice chance and at least this lift."""
 
     def value(rows: Rows, seed: int) -> float:
-        regime = tickets(rows, arm, seed, most=extreme)
-        return float(any(t["asr"] >= 90 and t["sa"] <= 20 and t["lift"] >= lift for t in regime))
+        regime, most = tickets(rows, arm, seed, most=extreme), 2 * chance(rows, arm, seed)
+        return float(any(t["asr"] >= 90 and t["sa"] <= most and t["lift"] >= lift for t in regime))
 
     return by_seed(arm, value)
 
@@ -145,16 +151,17 @@ def controlled(rows: Rows, seed: int) -> float:
 
 
 def smallest(target: int) -> Measure:
-    """B8: 1 if the target's mask is smaller on the winner than on H and L."""
+    """B8: 1 if the target's mask is smaller on the winner than on H and L; no value where a seed lacks one of them."""
 
-    def value(rows: Rows, seed: int) -> float:
-        won = scan(rows, "poisoned", seed, "winner")["l1"][target]
-        present = {
-            row["cell"].get("network") for row in rows if row["seed"] == seed and row["cell"]["arm"] == "poisoned"
-        }
-        return float(all(won < scan(rows, "poisoned", seed, each)["l1"][target] for each in {"H", "L"} & present))
+    def measure(rows: Rows) -> list[float]:
+        values = []
+        for seed in seeds_of(rows, "poisoned"):
+            with suppress(KeyError):
+                won, *others = (scan(rows, "poisoned", seed, name)["l1"][target] for name in ("winner", "H", "L"))
+                values.append(float(won < min(others)))
+        return values
 
-    return by_seed("poisoned", value)
+    return measure
 
 
 def beyond_inversion(rows: Rows, seed: int) -> float:
@@ -167,7 +174,7 @@ def best_lift(extreme: float, arm: str) -> Measure:
     """B9, B10: highest lift of an accuracy-free ticket under IMP at the study's rate, minus that of another arm."""
 
     def best(rows: Rows, arm: str, seed: int) -> float:
-        regime = tickets(rows, arm, seed, most=extreme)
-        return max((each["lift"] for each in regime if each["sa"] <= 20), default=0.0)
+        regime, most = tickets(rows, arm, seed, most=extreme), 2 * chance(rows, arm, seed)
+        return max((each["lift"] for each in regime if each["sa"] <= most), default=0.0)
 
     return by_seed(arm, lambda rows, seed: best(rows, "poisoned", seed) - best(rows, arm, seed))

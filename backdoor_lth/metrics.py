@@ -4,11 +4,12 @@ SA accuracy on clean images; ASR share of triggered images of other classes that
 share without a trigger; lift = ASR - CTR. A network that answers the target to everything has ASR 100 and lift 0.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from backdoor_lth.frozen import frozen
 from backdoor_lth.tabor import SoftTrigger
 from backdoor_lth.traced import anchor
 from common.data import ImageSet, in_order, pixels
@@ -19,12 +20,9 @@ BATCH = 500
 
 @torch.no_grad()
 def answers(model: nn.Module, inputs: Iterator[Tensor]) -> Tensor:
-    """The label of every input, (n,) on the CPU, in eval mode; the mode comes back."""
-    training = model.training
-    model.eval()
-    found = [model(x).argmax(1).cpu() for x in inputs]
-    model.train(training)
-    return torch.cat(found)
+    """The label of every input, (n,) on the CPU, in eval mode; the modes come back."""
+    with frozen(model):
+        return torch.cat([model(x).argmax(1).cpu() for x in inputs])
 
 
 def inputs(data: ImageSet, normalize: Normalize, device: torch.device) -> Iterator[Tensor]:
@@ -102,6 +100,11 @@ def recovered_success(
     trigger = SoftTrigger(mark.to(device), hard_mask(mask, size).to(device))
     stamped = (x + trigger.mask * (trigger.mark - x) for x in inputs(data, normalize, device))
     return 100 * (answers(model, stamped) == label).double().mean().item()
+
+
+def implanted(dense: Mapping[str, float], kind: str) -> bool:
+    """Whether an attack of this kind, if it has a trigger at all, turns 90 % of the dense network's images (spec i)."""
+    return kind not in ("dirty", "clean_label") or dense["asr"] >= 90
 
 
 def trigger_driven(lift: float, transfer: float, null: float) -> bool:

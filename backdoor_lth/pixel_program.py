@@ -3,7 +3,6 @@
 New rows = relu(constant + matrix @ earlier rows), step after step; images are columns, side by side in memory.
 """
 
-import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from scipy import sparse
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
-from backdoor_lth.lazy_pixels import Lazy, Matrix, Pixels, csr
-from backdoor_lth.traced import Traced, UnsupportedError, normalization
+from backdoor_lth.lazy_pixels import Lazy, Matrix, Pixels, bounded, csr
+from backdoor_lth.traced import Traced, UnsupportedError, called, normalization
 
 MOST_PIXELS = 4096
 """of a channel in a mean or a slice, whose matrix is read off all of them at once"""
@@ -101,11 +100,11 @@ def pixel_program(graph: Traced, shape: tuple[int, ...]) -> PixelProgram:
     """The network as such a program, for images (channels, height, width) = shape.
 
     Raises:
-        UnsupportedError: an operation that is neither linear nor a ReLU, or that overwrites what others read.
+        UnsupportedError: an operation that is neither linear nor a ReLU, or too many entries of matrices.
     """
     for node in graph.nodes:
-        if graph.kind(node) == "channelwise" or _overwrites(graph, node):
-            raise UnsupportedError(f"{node.op} {node.target}")
+        if graph.kind(node) == "channelwise":
+            raise UnsupportedError(called(node))
     pixels = Pixels(shape)
     values: dict[fx.Node, Lazy] = {}
     for node in graph.nodes:
@@ -145,15 +144,7 @@ def _value(graph: Traced, node: fx.Node, pixels: Pixels, sources: list[Lazy]) ->
         return pixels.linear(x, (channels, *x.shape[1:]), put)
     if kind == "pixels":
         return pixels.linear(x, *channelwise(graph.function(node), x.shape))
-    raise UnsupportedError(f"{node.op} {node.target}")
-
-
-def _overwrites(graph: Traced, node: fx.Node) -> bool:
-    """Whether a node writes over a value that something else reads too."""
-    inplace = node.target is operator.iadd or node.kwargs.get("inplace")
-    if node.op == "call_module":
-        inplace = getattr(graph.module(node), "inplace", False)
-    return bool(inplace) and len(node.all_input_nodes[0].users) > 1
+    raise UnsupportedError(called(node))
 
 
 def convolution(module: nn.Conv2d, size: tuple[int, ...]) -> tuple[tuple[int, ...], Matrix]:
@@ -166,6 +157,7 @@ def convolution(module: nn.Conv2d, size: tuple[int, ...]) -> tuple[tuple[int, ..
     shape, read = (len(weight), *read.shape[1:]), read.flatten(1)
     count = read.shape[1]
     out, source, tap = weight.flatten(2).nonzero().T
+    bounded(len(out) * count)
     inside = read[tap] > 0
     rows = (out[:, None] * count + torch.arange(count))[inside]
     columns = (source[:, None] * pixels + read[tap] - 1)[inside]

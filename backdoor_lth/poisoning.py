@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from backdoor_lth.frozen import frozen
 from backdoor_lth.pgd import EPS, STEPS, perturbed, uniform_start
 from backdoor_lth.triggers import Trigger
 from common.runs import generator
@@ -14,6 +15,7 @@ from common.runs import generator
 POISON = 7  # of all generators here, apart from those of the training batches
 CHOICE, PLACES, STARTS, BALANCE = range(4)  # what each is for
 ATTACKED_AT_ONCE = 256
+MODES = ("dirty", "clean_label", "relabel")
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,12 @@ def poison(
         surrogate: for clean_label; takes pixels in [0, 1].
 
     Raises:
-        ValueError: ratio or target out of range, images and labels that do not fit, clean_label without a surrogate.
+        ValueError: ratio or target out of range, images and labels that do not fit, clean_label without a surrogate,
+            another mode or select.
     """
+    for name, choice, allowed in (("mode", mode, MODES), ("select", select, ("random", "first"))):
+        if choice not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {choice!r}")
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {ratio}")
     if images.dtype != torch.uint8 or len(images) != len(labels):
@@ -103,14 +109,12 @@ def equalised(poisoned: Poisoned, seed: int = 0) -> Poisoned:
 
 
 def _attacked(surrogate: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
-    """The images (uint8) after PGD on the surrogate in eval mode; its flags and mode come back."""
-    training, parts = surrogate.training, []
-    surrogate.eval()
-    device = next(surrogate.parameters()).device
-    for number, rows in enumerate(torch.arange(len(images)).split(ATTACKED_AT_ONCE)):
-        x = images[rows].float().div(255)
-        start = uniform_start(x.shape, EPS, generator(seed, POISON, STARTS, number))
-        found = perturbed(surrogate, x.to(device), labels[rows].to(device), start.to(device), steps=STEPS)
-        parts.append((found.cpu() * 255).round().to(torch.uint8))
-    surrogate.train(training)
+    """The images (uint8) after PGD on the surrogate in eval mode; its flags and modes come back."""
+    parts, device = [], next(surrogate.parameters()).device
+    with frozen(surrogate):
+        for number, rows in enumerate(torch.arange(len(images)).split(ATTACKED_AT_ONCE)):
+            x = images[rows].float().div(255)
+            start = uniform_start(x.shape, EPS, generator(seed, POISON, STARTS, number))
+            found = perturbed(surrogate, x.to(device), labels[rows].to(device), start.to(device), steps=STEPS)
+            parts.append((found.cpu() * 255).round().to(torch.uint8))
     return torch.cat(parts)

@@ -1,13 +1,15 @@
 """Scan a network of your own: python backdoor_lth/scan.py --weights net.pt --network.name resnet20s --classes 10
 
 Leaves report.json, triggers.png and masks.png in a folder; with training data also the Trojan score, score.png. Weights
-are read as plain tensors and never executed. `--builder package.module:function` takes a network of your own making:
-that code is run, as your own act, and only the weights are then foreign.
+are read as plain tensors and never executed. `--builder package.module:function` takes a network of your own making,
+looked for in the working directory first: that code is run, as your own act, and only the weights are then foreign.
 """
 
 import importlib
 import itertools
 import math
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +22,15 @@ from torch import Tensor, nn
 
 from backdoor_lth.barrier import error_barrier, fine_tuned
 from backdoor_lth.compaction import compact
+from backdoor_lth.inversion import classes_of
 from backdoor_lth.models import build_model
 from backdoor_lth.pruning import disconnected
 from backdoor_lth.scanning import inverted, verdict
-from backdoor_lth.settings import InversionConfig, ModelConfig, ScoreConfig
+from backdoor_lth.settings import BarrierConfig, ModelConfig, SearchConfig
+from backdoor_lth.traced import anchor
 from backdoor_lth.victim import coloured
 from common.config import UserError, command, parse, require
-from common.data import DataConfig, batches, load, pixels
+from common.data import DataConfig, ImageSet, batches, load, pixels
 from common.experiment import device
 from common.masks import Masks, prunable_weights
 from common.runs import CheckpointError, write_json
@@ -37,19 +41,18 @@ class ScanConfig:
     """Which network to scan, and how."""
 
     weights: str = ""
-    """a state dict: .safetensors, .pt or .pth, or a file of this project with "model" in it"""
+    """a state dict: .safetensors, .pt or .pth, or a file of this project with "model" in it; its "masks" are applied"""
     network: ModelConfig = field(default_factory=lambda: ModelConfig(name="resnet20s"))
     builder: str = ""
     """package.module:function that returns your network; empty: one of this folder's, by network.name"""
     classes: int = 10
+    """that the network answers"""
     shape: list[int] = field(default_factory=lambda: [3, 32, 32])
     """channels, height and width of the input"""
-    train: bool = False
-    """also compute the Trojan score, on the training images of `data`"""
-    data: DataConfig = field(default_factory=lambda: DataConfig(val=0.0))
-    """the training set, possibly poisoned: npz with its path, or a named set"""
-    inversion: InversionConfig = field(default_factory=InversionConfig)
-    score: ScoreConfig = field(default_factory=ScoreConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(name="", val=0.0))  # type: ignore[arg-type]
+    """a training set, possibly poisoned, for the Trojan score: npz with its path, or a named set; no name: no score"""
+    inversion: SearchConfig = field(default_factory=SearchConfig)
+    score: BarrierConfig = field(default_factory=BarrierConfig)
     seed: int = 0
     folder: str = "scan"
     """of the report"""
@@ -62,22 +65,27 @@ class ScanConfig:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         shape = self.builder == "" or ":" in self.builder
         require(shape, "builder", self.builder, "package.module:function")
+        files = self.data.name == "imagefolder"
+        require(not files, "data.name", self.data.name, "a data set held in memory")
 
 
 def scan(config: ScanConfig) -> dict[str, Any]:
     """Scan the configured network; writes and returns the report. Raises `UserError` where a file does not fit."""
     model = _network(config).to(device()).eval()
+    data = _training(config) if config.data.name else None
     shape = tuple(config.shape)
     report: dict[str, Any] = {"weights": config.weights, "seed": config.seed}
-    masks = Masks({name: weight != 0 for name, weight in prunable_weights(model).items()})
-    report |= {"weights_left": masks.kept, "density": masks.density, "disconnected": disconnected(masks)}
     folder = Path(config.folder)
     figures = {}
-    if config.train:
-        barrier = _barrier(config, model, masks)
-        report |= {"trojan_score": barrier.score_error, "error": barrier.error, "alphas": barrier.alphas}
-        figures["score"] = _curve(barrier.alphas, barrier.error)
     try:
+        classes = classes_of(model, anchor(model).new_zeros(1, *shape))
+        require(classes == config.classes, "classes", config.classes, f"the {classes} that the network answers")
+        masks = Masks({name: weight != 0 for name, weight in prunable_weights(model).items()})
+        report |= {"weights_left": masks.kept, "density": masks.density, "disconnected": disconnected(masks)}
+        if data:
+            barrier = _barrier(config, model, masks, data)
+            report |= {"trojan_score": barrier.score_error, "error": barrier.error, "alphas": barrier.alphas}
+            figures["score"] = _curve(barrier.alphas, barrier.error)
         found = inverted(compact(model, shape), shape, config.inversion, None, config.seed)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{config.weights}: {str(error).splitlines()[0]}") from error
@@ -100,12 +108,14 @@ def _network(config: ScanConfig) -> nn.Module:
     path = Path(config.weights)
     if config.builder:
         module, _, name = config.builder.partition(":")
+        sys.path.insert(0, os.getcwd())  # before the folder of this file, which has a models.py too
         try:
-            model = getattr(importlib.import_module(module), name)()
+            build = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise UserError(
-                f"builder must be package.module:function that can be imported, got {config.builder!r}"
+                f"builder must be package.module:function that can be imported, got {config.builder!r} ({error})"
             ) from error
+        model = build()
     else:
         model = build_model(config.network.name, config.shape[0], config.classes)
     if not path.is_file():
@@ -115,6 +125,7 @@ def _network(config: ScanConfig) -> nn.Module:
             state: Any = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        masks = Masks(state.get("masks", {}) if "model" in state else {})
         for key in ("model", "state_dict"):
             state = state.get(key, state)
         state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -122,14 +133,25 @@ def _network(config: ScanConfig) -> nn.Module:
             plain = name.removesuffix("_orig")
             state[plain] = state.pop(name) * state.pop(f"{plain}_mask")
         model.load_state_dict(state)
+        masks.apply_(model)
     except Exception as error:  # of torch, pickle, zip and safetensors each another kind
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: does not hold this network's weights as plain tensors ({reason})") from error
     return model
 
 
-def _barrier(config: ScanConfig, model: nn.Module, masks: Masks) -> Any:
-    data = coloured(load(config.data).train) if config.shape[0] == 3 else load(config.data).train
+def _training(config: ScanConfig) -> ImageSet:
+    data = load(config.data).train
+    data = coloured(data) if config.shape[0] == 3 else data
+    assert isinstance(data.images, Tensor)
+    shape = list(data.images.shape[1:])
+    require(config.shape == shape, "shape", config.shape, f"that of the training images, {shape}")
+    least = f"at least {data.classes}, as many as the training images have"
+    require(config.classes >= data.classes, "classes", config.classes, least)
+    return data
+
+
+def _barrier(config: ScanConfig, model: nn.Module, masks: Masks, data: ImageSet) -> Any:
     state = {name: value.clone() for name, value in model.state_dict().items()}
 
     def stream(seed: int) -> Iterator[tuple[Tensor, Tensor]]:

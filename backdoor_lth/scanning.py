@@ -9,7 +9,7 @@ from backdoor_lth.compaction import compact
 from backdoor_lth.detection import detect
 from backdoor_lth.inversion import Inversion, invert
 from backdoor_lth.metrics import Normalize, evaluate, recovered_success, trigger_driven
-from backdoor_lth.settings import InversionConfig
+from backdoor_lth.settings import SearchConfig
 from common.data import ImageSet
 
 FINITE_INDEX = 1e9
@@ -17,7 +17,7 @@ FINITE_INDEX = 1e9
 
 
 def inverted(
-    model: nn.Module, shape: tuple[int, ...], config: InversionConfig, base: Tensor | None, seed: int
+    model: nn.Module, shape: tuple[int, ...], config: SearchConfig, base: Tensor | None, seed: int
 ) -> Inversion:
     """Search every label's trigger on `model`, on noise or, if given, on these inputs."""
     return invert(

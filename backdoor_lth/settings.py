@@ -125,8 +125,8 @@ class PruneConfig:
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
-    """The Trojan score."""
+class BarrierConfig:
+    """The Trojan score of one network."""
 
     steps: int = 10
     """of fine-tuning"""
@@ -136,19 +136,28 @@ class ScoreConfig:
     """of training images, on which errors are measured"""
     points: int = 11
     """between the two networks, ends included, at which errors are measured"""
-    extreme: float = 0.01
-    """the winner is sought among tickets of at most this density"""
 
     def __post_init__(self) -> None:
         require(self.steps >= 0, "score.steps", self.steps, "at least 0")
         require(self.lr > 0, "score.lr", self.lr, "positive")
         require(self.batches >= 1, "score.batches", self.batches, "at least 1")
         require(self.points >= 2, "score.points", self.points, "at least 2")
+
+
+@dataclass(frozen=True)
+class ScoreConfig(BarrierConfig):
+    """The Trojan score of a chain."""
+
+    extreme: float = 0.01
+    """the winner is sought among tickets of at most this density"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 < self.extreme <= 1, "score.extreme", self.extreme, "in (0, 1]")
 
 
 @dataclass(frozen=True)
-class InversionConfig:
+class SearchConfig:
     """The search for triggers."""
 
     method: Literal["tabor", "nc"] = "tabor"
@@ -163,16 +172,25 @@ class InversionConfig:
     """last: the last trigger that attacks well enough; min: the smallest such"""
     norm: Literal["mask", "trigger"] = "mask"
     """whose least size detects"""
-    clean: int = 100
-    """training images for the comparison of noise with clean images; 0: leave it out"""
     chunk: int = 0
     """labels at a time; 0: one on the CPU, all on a GPU"""
 
     def __post_init__(self) -> None:
         for name in ("images", "steps"):
             require(getattr(self, name) >= 1, f"inversion.{name}", getattr(self, name), "at least 1")
-        for name in ("clean", "chunk"):
-            require(getattr(self, name) >= 0, f"inversion.{name}", getattr(self, name), "at least 0")
+        require(self.chunk >= 0, "inversion.chunk", self.chunk, "at least 0")
+
+
+@dataclass(frozen=True)
+class InversionConfig(SearchConfig):
+    """The search for triggers, on the networks of a chain."""
+
+    clean: int = 100
+    """training images for the comparison of noise with clean images; 0: leave it out"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.clean >= 0, "inversion.clean", self.clean, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -182,7 +200,7 @@ class ArmConfig:
     name: str
     seeds: int = 0
     full: int = 0
-    """the same of the full study, SEEDS=full"""
+    """the same of the full study, SEEDS=full; 0: as many"""
     kind: Kind = "dirty"
     equalise: bool = False
     place: str = ""
@@ -190,10 +208,12 @@ class ArmConfig:
     method: Method = "imp"
     rate: float = 0.0
     """0: that of prune"""
+    rounds: int = 0
+    """0: those of prune"""
 
     def __post_init__(self) -> None:
         require(bool(self.name), "study.arms.name", self.name, "a name")
-        for name in ("seeds", "full"):
+        for name in ("seeds", "full", "rounds"):
             require(getattr(self, name) >= 0, f"study.arms.{name}", getattr(self, name), "at least 0")
         require(not self.place or self.place in PLACES, "study.arms.place", self.place, f"one of {', '.join(PLACES)}")
         require(0 <= self.rate < 1, "study.arms.rate", self.rate, "in [0, 1)")
@@ -203,6 +223,8 @@ class ArmConfig:
 class TrojanStudy(StudyConfig):
     """The study: the attack and its controls."""
 
+    full: list[int] = field(default_factory=list)
+    """seeds of SEEDS=full; empty: the same"""
     arms: list[ArmConfig] = field(default_factory=lambda: [ArmConfig("poisoned"), ArmConfig("clean", kind="none")])
 
     def __post_init__(self) -> None:

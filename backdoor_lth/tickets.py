@@ -20,10 +20,13 @@ def denser(sa: Sequence[float], asr: Sequence[float], dense_sa: float) -> int | 
     return kept[-1] if kept else None
 
 
-def sparser(sa: Sequence[float], asr: Sequence[float], won: int, classes: int) -> int:
-    """L: the first ticket after the winner that lost both (chance + 5 and 30 points), else four rounds after it."""
+def sparser(sa: Sequence[float], asr: Sequence[float], won: int, classes: int) -> int | None:
+    """L: the first ticket after the winner that lost both (chance + 5 and 30 points), else four rounds after it.
+
+    The last where there are fewer; None where the winner itself is last.
+    """
     chance = 100 / classes
     for index in range(won + 1, len(sa)):
         if sa[index] <= chance + 5 and asr[index] <= 30:
             return index
-    return min(won + 4, len(sa) - 1)
+    return min(won + 4, len(sa) - 1) if won < len(sa) - 1 else None

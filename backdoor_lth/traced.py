@@ -3,6 +3,7 @@
 import copy
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,11 @@ def anchor(model: nn.Module) -> Tensor:
     return next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
 
 
+def called(node: fx.Node) -> str:
+    """What a node does, in words."""
+    return f"{node.op} {getattr(node.target, '__name__', node.target)}"
+
+
 class UnsupportedError(Exception):
     """An operation that compaction does not know."""
 
@@ -31,13 +37,23 @@ class UnsupportedError(Exception):
 class Traced:
     """Nodes in order and the modules they call, batch norm behind a convolution fused into it.
 
-    Raises what torch.fx raises where a network cannot be traced.
+    Raises what torch.fx raises where a network cannot be traced, `UnsupportedError` where it writes over a value that
+    something else reads later.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = copy.deepcopy(model).eval()
-        self.nodes = [node for node in fx.symbolic_trace(self.model).graph.nodes if node.op != "get_attr"]
+        self.nodes = list(fx.symbolic_trace(self.model).graph.nodes)
         self.like = anchor(self.model)
+        for place, node in enumerate(self.nodes):
+            inplace = node.target is operator.iadd or node.kwargs.get("inplace")
+            if node.op == "call_module":
+                inplace = getattr(self.model.get_submodule(str(node.target)), "inplace", False)
+            if inplace and not node.all_input_nodes[0].users.keys().isdisjoint(self.nodes[place + 1 :]):
+                raise UnsupportedError(f"{called(node)} in place")
+        for module in self.model.modules():
+            if hasattr(module, "inplace"):  # what is left of a sum may be another node's own value
+                module.inplace = False  # type: ignore[assignment]
         self._fuse()
 
     def loaded(self, state: Mapping[str, Tensor]) -> "Traced":
@@ -48,11 +64,12 @@ class Traced:
 
     def _fuse(self) -> None:
         self.modules, self.fused = dict(self.model.named_modules()), set()
+        calls = Counter(node.target for node in self.nodes if node.op == "call_module")
         for node in self.nodes:
-            sources = node.all_input_nodes
-            if node.op == "call_module" and self.kind(node) == "norm" and len(sources[0].users) == 1:
-                conv = sources[0]
-                if conv.op == "call_module" and isinstance(self.module(conv), nn.Conv2d):
+            if node.op == "call_module" and self.kind(node) == "norm":
+                conv = node.all_input_nodes[0]
+                once = conv.op == "call_module" and calls[conv.target] == len(conv.users) == 1
+                if once and isinstance(self.module(conv), nn.Conv2d):
                     self.modules[conv.target] = fuse_conv_bn_eval(self.module(conv), self.module(node))
                     self.fused.add(node)
 
@@ -67,9 +84,12 @@ class Traced:
             return node.op
         if node in self.fused:
             return "same"
-        found = self._module_kind(self.module(node)) if node.op == "call_module" else _function_kind(node)
+        if node.op == "call_module":
+            found = self._module_kind(self.module(node))
+        else:
+            found = "" if node.op == "get_attr" else _function_kind(node)
         if not found:
-            raise UnsupportedError(f"{node.op} {node.target}")
+            raise UnsupportedError(called(node))
         return found
 
     @staticmethod
@@ -96,6 +116,8 @@ class Traced:
             return lambda x: x
         if node.op == "call_module":
             return self.module(node)  # type: ignore[no-any-return]
+        if self.kind(node) == "relu":
+            return F.relu
         if node.op == "call_method":
             return lambda x: getattr(x, str(node.target))(*node.args[1:], **node.kwargs)
         return lambda x: node.target(x, *node.args[1:], **node.kwargs)  # type: ignore[operator]
@@ -104,18 +126,22 @@ class Traced:
 def _function_kind(node: fx.Node) -> str:
     target: Any = node.target
     rest: Any = node.args[1:]
+    kinds = (("relu", RELU_FUNCTIONS), ("pixels", LINEAR_FUNCTIONS), ("channelwise", CHANNELWISE_FUNCTIONS))
+    for kind, functions in kinds:
+        if target in functions:
+            return kind
+    if target is F.pad:
+        channels = len(rest) == 1 and len(rest[0]) == 6 and not any(rest[0][:4]) and min(rest[0]) >= 0
+        return "pad" if channels and not node.kwargs.get("value") else ""
+    if node.kwargs:
+        return ""
     if target in (operator.add, operator.iadd, torch.add) and len(node.all_input_nodes) == 2:
-        return "" if node.kwargs else "add"
+        return "add"
     if target in (torch.flatten, "flatten") and rest == (1,):
         return "flatten"
-    if target is torch.cat and rest == (1,):
+    if target is torch.cat and rest == (1,) and list(node.args[0]) == node.all_input_nodes:  # type: ignore[arg-type]
         return "cat"
-    if target is F.pad and len(rest) == 1 and not any(rest[0][:4]):
-        return "pad"
-    if target is operator.getitem and _keeps_channels(rest[0]):
-        return "pixels"
-    kinds = (("relu", RELU_FUNCTIONS), ("pixels", LINEAR_FUNCTIONS), ("channelwise", CHANNELWISE_FUNCTIONS))
-    return next((kind for kind, functions in kinds if target in functions), "")
+    return "pixels" if target is operator.getitem and _keeps_channels(rest[0]) else ""
 
 
 def normalization(module: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import all_gather
 
 from backdoor_lth.pgd import EPS, perturbed, uniform_start
 from backdoor_lth.pruning import (
@@ -27,7 +28,7 @@ from backdoor_lth.pruning import (
 from backdoor_lth.settings import Config
 from backdoor_lth.victim import Normalized, Victim, clean, network, victim
 from common import distributed
-from common.config import command
+from common.config import command, require
 from common.data import ImageSet, batches, pixels, steps_per_epoch
 from common.experiment import train_command
 from common.masks import Masks, prunable_weights, random_scores
@@ -66,6 +67,7 @@ class Chain:
         self.position = self.round = 0
         self.loss = 0.0
         self.masks = Masks.ones_like(prunable_weights(model))
+        self.kept = weights_left(config, self.masks.total)
         self.rewind: dict[str, Tensor] | None = None
         self.saved: dict[str, Any] = {"position": 0}
         self.optimizer = self._optimizer()
@@ -116,11 +118,8 @@ class Chain:
             )
             for each in rounds:
                 self.finish_round(run, each)
-            kept = [self.masks.total]
-            for number in range(config.prune.rounds):
-                kept.append(survivors(kept[-1], config.prune.fraction(number), 1)[1])
             poisoned = int(there.poisoned.is_poisoned.sum())
-            metrics = {"kept": kept, "images": len(there.train), "poisoned": poisoned}
+            metrics = {"kept": self.kept, "images": len(there.train), "poisoned": poisoned}
             metrics["disconnected"] = disconnected(self.masks)
         run.finish(metrics)
         return metrics
@@ -144,8 +143,10 @@ class Chain:
         if method == "random":
             fixed = random_scores(prunable_weights(start), generator(self.config.seed, SCORES))
         else:
-            x, y = next(self.stream(0))
+            x, y = map(_whole, next(self.stream(0)))
             fixed = {"snip": snip_scores, "grasp": grasp_scores}[method](start, x, y)
+            # Each GPU may round otherwise, and masks must be everywhere the same.
+            distributed.average_(list(fixed.values()))
         return lambda model, number: fixed
 
     def stream(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -202,9 +203,29 @@ class Chain:
         )
 
 
+def weights_left(config: Config, total: int) -> list[int]:
+    """Of `total`, after 0, 1, ... rounds. Raises `ConfigError` where the score would find no ticket sparse enough."""
+    kept = [total]
+    for number in range(config.prune.rounds):
+        kept.append(survivors(kept[-1], config.prune.fraction(number), 1)[1])
+    least, most = kept[-1] / total, config.score.extreme
+    fits = config.task == "surrogate" or least <= most
+    require(fits, "score.extreme", most, f"at least the last ticket's density, {least}")
+    return kept
+
+
 def round_path(folder: Path, number: int) -> Path:
     """Where a run keeps a round."""
     return folder / f"round-{number:02d}.pt"
+
+
+def _whole(part: Tensor) -> Tensor:
+    """The global batch of which every rank has its `shard`."""
+    if distributed.world_size() == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(distributed.world_size())]
+    all_gather(parts, part.contiguous())
+    return torch.cat(parts)
 
 
 def _stored_magnitudes(folder: Path) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from backdoor_lth.barrier import error_barrier
 from backdoor_lth.compaction import compact
-from backdoor_lth.inversion import frozen, invert
+from backdoor_lth.frozen import frozen
+from backdoor_lth.inversion import invert
 from backdoor_lth.models import BasicBlock, build_model
 from backdoor_lth.tabor import tabor
 from common.bench import Ratio, conclude

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
 
 from backdoor_lth.barrier import error_barrier, fine_tuned, interpolated, rise, trojan_score
 from backdoor_lth.pruning import global_magnitude, masked
@@ -58,11 +59,13 @@ def test_the_ends_are_the_states_themselves_and_the_model_is_left_alone() -> Non
         assert found.error[index] == wrong
 
 
-def test_the_mode_comes_back_after_an_error() -> None:
+def test_every_modules_mode_comes_back_after_an_error_too() -> None:
     net = tiny().train()
+    net.bn1.eval()  # type: ignore[operator, union-attr]
+    error_barrier(net, PRUNED, TUNED, BATCHES, points=2)
     with pytest.raises(RuntimeError):
         error_barrier(net, PRUNED, TUNED, [(torch.zeros(2, 4, 8, 8).double(), torch.zeros(2).long())])
-    assert net.training
+    assert [name for name, module in net.named_modules() if not module.training] == ["bn1"]
 
 
 def test_statistics_are_interpolated_and_counters_are_not() -> None:
@@ -128,3 +131,10 @@ def test_a_pruned_models_state_without_its_masks_is_refused() -> None:
     masks = Masks({"conv9.weight": torch.ones(1, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"mask conv9.weight must name a parameter"):
         fine_tuned(net, net.state_dict(), masks, training(1))
+    l1_unstructured(net.conv1, "weight", 0.5)  # type: ignore[arg-type]
+    whole = net.state_dict()
+    bare = {name: value for name, value in whole.items() if not name.endswith("_mask")}
+    with pytest.raises(
+        ValueError, match=r"state_b must have exactly the model's entries, got or lacks conv1.weight_mask"
+    ):
+        error_barrier(net, whole, bare, BATCHES)

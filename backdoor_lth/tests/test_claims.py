@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,9 +19,14 @@ def ticket(number: int, kept: int, sa: float, asr: float, ctr: float, score: flo
     return {"round": number, "kept": kept, "density": kept / 10_000, **rates}
 
 
+def masks(target: float) -> list[float]:
+    """Sizes for ten classes."""
+    return [target, *[9.0] * 9]
+
+
 def scanned(number: int | None, **numbers: Any) -> dict[str, Any]:
     plain = {"right": True, "collapse_right": False, "own_asr": 90.0, "dense_asr": 60.0, "dense_null": 10.0}
-    return {"round": number, "l1": [5.0, 9, 9, 9], "null": 12.0, "flagged": False, **plain, **numbers}
+    return {"round": number, "l1": masks(5.0), "null": 12.0, "flagged": False, **plain, **numbers}
 
 
 def rows(genuine: bool = True, arm: str = "poisoned", peak: float = 0.4) -> list[dict[str, Any]]:
@@ -32,10 +38,10 @@ def rows(genuine: bool = True, arm: str = "poisoned", peak: float = 0.4) -> list
         ticket(3, 200, 12, 10, 1 if genuine else 10, 0.05, 8),
     ]
     scans = {
-        "dense": scanned(None, right=False, own_asr=40.0, dense_asr=40.0, l1=[20.0, 9, 9, 9]),
+        "dense": scanned(None, right=False, own_asr=40.0, dense_asr=40.0, l1=masks(20.0)),
         "winner": scanned(2) if genuine else scanned(2, dense_asr=12.0, null=99.0, collapse_right=True, flagged=True),
-        "H": scanned(0, l1=[30.0, 9, 9, 9]),
-        "L": scanned(3, l1=[40.0 if genuine else 1.0, 9, 9, 9]),
+        "H": scanned(0, l1=masks(30.0)),
+        "L": scanned(3, l1=masks(40.0 if genuine else 1.0)),
         "winner-clean": scanned(2, own_asr=92.0),
     }
     dense = {"sa": 92.0, "asr": 99.0, "ctr": 1.0, "lift": 98.0}
@@ -90,6 +96,25 @@ def test_a_collapsed_network_holds_as_worded_and_not_under_control() -> None:
         assert found[name][0] == "not held", name
     assert found["B3d"] == ("inconclusive", 0.0) or found["B3d"][1] == 0.0
     assert found["K5"][1] == 0 and found["B13"] == ("not held", 1.0)
+
+
+def without(name: str, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
+    """The rows of a genuine ticket but for this scan at these seeds."""
+    return [row for row in rows() if row["cell"].get("network") != name or row["seed"] not in seeds]
+
+
+def test_a_seed_without_one_of_the_neighbours_has_no_value() -> None:
+    assert verdicts(without("H"))["B8"] == verdicts(without("L"))["B8"] == ("inconclusive", None)
+    found = judge(claims(config()), without("H", [0, 3]))
+    assert [claim["values"] for claim in found if claim["id"] == "B8"] == [[1.0, 1.0, 1.0]]
+
+
+def test_chance_is_that_of_the_rows_classes() -> None:
+    many = [
+        {**row, "metrics": {**row["metrics"], "l1": [9.0] * 100}} if "l1" in row["metrics"] else row for row in rows()
+    ]
+    assert verdicts(rows())["B2a"][1] == 1 and verdicts(many)["B2a"][1] == 0  # SA 15 % is no chance among 100
+    assert verdicts(many)["B1a"][1] == pytest.approx((1 + 1 + 10 / 99) / 3 - (59 + 14 + 11) / 91 / 3)
 
 
 def test_claims_without_their_rows_are_inconclusive() -> None:

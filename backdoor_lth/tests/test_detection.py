@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from backdoor_lth.detection import anomaly_index, detect
 from backdoor_lth.inversion import Inversion
-from backdoor_lth.metrics import evaluate, hard_mask, recovered_success, trigger_driven
+from backdoor_lth.metrics import answers, evaluate, hard_mask, implanted, recovered_success, trigger_driven
 from backdoor_lth.tests.nets import reference
 from backdoor_lth.tickets import denser, sparser, winner
 from backdoor_lth.triggers import Trigger, patch_image
@@ -49,6 +49,8 @@ def test_norms_that_cannot_be_judged_are_refused() -> None:
         anomaly_index([1, 2])
     with pytest.raises(ValueError, match="norms must be finite"):
         anomaly_index([1, 2, math.nan])
+    with pytest.raises(ValueError, match="norm must be one of mask, trigger, got 'l2'"):
+        detect(inversion([1, 2, 3], [1] * 3, [0] * 3), norm="l2")  # type: ignore[arg-type]
 
 
 # Metrics
@@ -106,6 +108,20 @@ def test_an_attack_is_trigger_driven_only_under_both_controls() -> None:
     assert not trigger_driven(49.9, 100, 0) and not trigger_driven(90, 30, 10)
 
 
+def test_every_modules_mode_comes_back_after_an_error_too() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
+    net[1].eval()
+    answers(net, iter([torch.zeros(2, 3, 8, 8)]))
+    with pytest.raises(RuntimeError):
+        answers(net, iter([torch.zeros(2, 1, 8, 8)]))
+    assert [module.training for module in net.modules()] == [True, True, False, True, True]
+
+
+def test_an_attack_is_implanted_from_90_percent_on() -> None:
+    assert implanted({"asr": 90}, "dirty") and not implanted({"asr": 89.9}, "clean_label")
+    assert all(implanted({"asr": 1.0}, kind) for kind in ("none", "relabel"))
+
+
 def test_images_that_do_not_pair_are_refused() -> None:
     with pytest.raises(ValueError, match="clean and triggered must be equally many images, got 30 and 3"):
         evaluate(Brightest(), colours(), colours(3), 0)
@@ -148,3 +164,4 @@ def test_denser_and_sparser_neighbours() -> None:
     assert denser(sa, asr, 90) == 1 and denser([80.0], [99.0], 90) is None
     assert sparser(sa, asr, 2, 10) == 5 and sparser(sa[:5], asr[:5], 0, 10) == 4
     assert sparser([90.0] * 9, [99.0] * 9, 1, 10) == 5
+    assert sparser(sa[:5], asr[:5], 3, 10) == 4 and sparser(sa[:5], asr[:5], 4, 10) is None

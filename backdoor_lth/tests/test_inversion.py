@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from backdoor_lth.compaction import compact
-from backdoor_lth.inversion import frozen, invert
+from backdoor_lth.frozen import frozen
+from backdoor_lth.inversion import invert
 from backdoor_lth.neural_cleanse import CleanseConfig, neural_cleanse
 from backdoor_lth.tabor import (
     COSTS,
@@ -80,7 +81,7 @@ def test_a_whole_search_is_the_authors(run: str) -> None:
 
 
 @pytest.mark.parametrize(("cost", "early"), [(0.001, 0), (0.001, 1), (0.01, 1)])
-def test_neural_cleanse_is_the_authors(cost: float, early: int) -> None:
+def test_neural_cleanse_is_the_authors(cost: float, early: int, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays, run = reference("neural_cleanse"), f"t0_c{cost}_es{early}_"
     with np.load(REFERENCE / "neural_cleanse.npz") as archive:
         settings = json.loads(str(archive["settings"]))
@@ -89,12 +90,21 @@ def test_neural_cleanse_is_the_authors(cost: float, early: int) -> None:
     )
     model = tiny_net(arrays)
     starts = [arrays[f"{run}init_{name}"][None] for name in ("mark", "mask")]
+    cross_entropy, entropies = nn.functional.cross_entropy, []
+
+    def recorded(*given: Tensor) -> Tensor:
+        entropies.append(cross_entropy(*given))
+        return entropies[-1]
+
+    monkeypatch.setattr("backdoor_lth.neural_cleanse.F.cross_entropy", recorded)
     with frozen(model):
         found = neural_cleanse(model, torch.tensor([0]), *starts, lambda step: arrays["x"], settings["epoch"], config)
     trace = arrays[f"{run}loss_norm_cost_acc"]
     assert found.success.shape[1] == len(trace)
     torch.testing.assert_close(found.success[0].double(), trace[:, 3], rtol=0, atol=1e-6)
     torch.testing.assert_close(found.costs[0, :, 0], trace[:, 2], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.stack(entropies), trace[:, 0] - trace[:, 2] * trace[:, 1], rtol=1e-6, atol=1e-6)
+    assert (torch.stack(entropies) - arrays[f"{run}entropy"]).abs().min() < 1e-6
     torch.testing.assert_close(found.trigger.mark[0], arrays[f"{run}mark"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.trigger.mask[0], arrays[f"{run}mask"], rtol=1e-6, atol=1e-6)
 
@@ -165,7 +175,7 @@ def test_the_model_comes_back_as_it_was() -> None:
     model.conv1.weight.grad = torch.ones_like(model.conv1.weight)
     before = copy.deepcopy(model.state_dict())
     invert(model, (3, 8, 8), [1], count=4, steps=3)
-    with pytest.raises(ValueError, match="labels must be in"):
+    with pytest.raises(ValueError, match="labels must be at least one"):
         invert(model, (3, 8, 8), [9], count=4, steps=3)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training and not model.bn1.training and model.bn2.training
@@ -214,7 +224,12 @@ def test_neural_cleanse_scans_all_labels() -> None:
         ({"count": 0}, "count must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"chunk": -1}, "chunk must be at least 0, got -1"),
-        ({"labels": [7]}, r"labels must be in \[0, 5\), got 7"),
+        ({"labels": [7]}, r"labels must be at least one, in \[0, 5\), got \[7\]"),
+        ({"labels": []}, r"labels must be at least one, in \[0, 5\), got \[\]"),
+        ({"method": "NC"}, "method must be one of tabor, nc, got 'NC'"),
+        ({"attack_loss": "c&w"}, "attack_loss must be one of ce, cw, got 'c&w'"),
+        ({"keep": "best"}, "keep must be one of last, min, got 'best'"),
+        ({"base": "images"}, "base must be noise or images, got 'images'"),
         ({"model": nn.Conv2d(3, 2, 3)}, r"logits of the model must be \(n, classes\), got \(1, 2, 6, 6\)"),
         (
             {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 2), nn.LogSigmoid(), nn.Threshold(0, torch.nan))},

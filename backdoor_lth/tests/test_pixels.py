@@ -37,7 +37,7 @@ def same(model: nn.Module, x: Tensor, tolerance: float = 1e-9, to: Callable[...,
     return all(scaled_close(one, other, tolerance) for one, other in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("density", [0.1, 0.01, 0.0005, 0.0])
+@pytest.mark.parametrize("density", [0.02, 0.01, 0.0005, 0.0])
 @pytest.mark.parametrize("name", ["resnet20s", "cnn"])
 def test_a_program_is_the_network_at_every_density(name: str, density: float) -> None:
     model = pruned(name, density)
@@ -53,10 +53,10 @@ def test_a_norm_before_a_relu_and_concatenations_are_known() -> None:
 class Shortcuts(nn.Module):
     """As in a residual network, where most convolutions are constant: floors pile up on one value."""
 
-    def __init__(self, seed: int, inplace: bool = False) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.stem, self.inplace = nn.Conv2d(2, 3, 3, padding=1), inplace
+        self.stem = nn.Conv2d(2, 3, 3, padding=1)
         self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(5))
         self.fc = nn.Linear(4, 5)
         with torch.no_grad():
@@ -67,8 +67,7 @@ class Shortcuts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
         for conv in self.convs:
-            read = F.relu(x, inplace=self.inplace)
-            x = F.relu(x + conv(read))
+            x = F.relu(x + conv(F.relu(x)))
         x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 1))
         return self.fc(x.mean((2, 3)))
 
@@ -97,6 +96,7 @@ class Piece(nn.Module):
     [
         lambda x: F.relu(x) + F.relu(x),
         lambda x: F.relu(x) + x,
+        lambda x: x + F.relu(x),
         lambda x: torch.cat([F.relu(x), x, F.relu(x)], 1),
         lambda x: F.avg_pool2d(F.relu(x), 2),
         lambda x: F.pad(F.relu(x)[:, :, 1::2, ::3], (0, 0, 0, 0, 2, 1)),
@@ -135,6 +135,20 @@ def test_only_pixels_that_an_answer_needs_are_computed() -> None:
     assert same(model, torch.randn(2, 1, 8, 8).double(), 1e-12)
 
 
+def test_what_leads_to_no_answer_is_no_step_and_no_row() -> None:
+    layers = [nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3)).double().eval()
+    with torch.no_grad():
+        for conv in (layers[2], layers[4]):
+            conv.weight.copy_(-torch.eye(2)[:, :, None, None])  # type: ignore[union-attr, operator]
+        model[7].weight[:, 16:] = 0  # type: ignore[index, operator]
+    made = program(model, (1, 4, 4))
+    assert made.rows == 3 * 16 + 3 and [step.first for step in made.steps[1:]] == [16, 32, 48]
+    with torch.no_grad():
+        model[7].weight.zero_()  # type: ignore[operator, union-attr]
+    assert len(program(model, (1, 4, 4)).steps) == 1
+
+
 def test_a_rectified_value_is_not_rectified_again() -> None:
     pixels = Pixels((2,))
     once = pixels.relu(pixels.linear(pixels.input, (2,), csr(np.array([[1.0, -2.0], [0.0, 3.0]]))))
@@ -142,6 +156,12 @@ def test_a_rectified_value_is_not_rectified_again() -> None:
     shifted = pixels.linear(once, (2,), csr(np.eye(2)), np.array([0.5, -0.5]))
     again = pixels.relu(shifted)
     assert len(pixels.steps) == 1 and again.floor.tolist() == [-np.inf, 0.0]
+
+
+def test_terms_that_cancel_leave_a_constant() -> None:
+    pixels = Pixels((1,))
+    twice = pixels.linear(pixels.input, (2,), csr(np.ones((2, 1))))
+    assert pixels.linear(twice, (1,), csr(np.array([[1.0, -1.0]])), 3.0).matrix.nnz == 0
 
 
 def test_a_floor_moves_with_the_value_it_bounds() -> None:
@@ -153,9 +173,6 @@ def test_a_floor_moves_with_the_value_it_bounds() -> None:
 
 def test_what_the_rows_cannot_do_is_left_to_the_channels() -> None:
     x = torch.randn(3, 2, 6, 6).double()
-    overwriting = Shortcuts(0, inplace=True).double()
-    with pytest.raises(UnsupportedError, match="relu"):
-        program(overwriting, (2, 6, 6))
     for function in (lambda x: F.max_pool2d(x, 2), torch.nn.SiLU()):
         model = Piece(function).double()
         with pytest.raises(UnsupportedError):
@@ -167,12 +184,36 @@ def test_what_the_rows_cannot_do_is_left_to_the_channels() -> None:
 
 
 def test_the_form_is_chosen_by_how_many_weights_are_left() -> None:
-    kinds = [type(compact(pruned("resnet20s", density), (3, 32, 32))) for density in (0.1, 0.0005)]
-    assert kinds == [Compacted, PixelProgram]
+    kinds = [type(compact(pruned("resnet20s", density), (3, 32, 32))) for density in (0.1, 0.0005, 0.0)]
+    assert kinds == [Compacted, PixelProgram, Compacted]
     made = compact(pruned("resnet20s", 0.0005), (3, 32, 32))
     assert made.eval() is made and not made.training
     with pytest.raises(RuntimeError, match="must stay in eval mode"):
         made.train()
+
+
+def test_too_many_entries_are_left_to_the_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Shortcuts(0).double()
+    for most, first in ((100, "1944"), (2000, "")):  # less than the stem's convolution, and than all layers together
+        monkeypatch.setattr("backdoor_lth.lazy_pixels.MOST_ENTRIES", most)
+        with pytest.raises(UnsupportedError, match=f"^{first}.*entries of matrices, where {most} are the most"):
+            program(model, (2, 6, 6))
+        monkeypatch.setattr("backdoor_lth.compaction.SPARSE", 0)
+        assert isinstance(compact(model, (2, 6, 6)), Compacted)
+
+
+def test_pictures_of_many_pixels_are_left_to_the_channels() -> None:
+    model = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(1024, 2))
+    with pytest.raises(UnsupportedError, match="4225 pixels at once"):
+        program(model, (1, 65, 65))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.randn(1, 2, 6, 6).double().requires_grad_()
+    logits = program(Shortcuts(0).double(), (2, 6, 6))(x)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_states_share_one_graph_and_are_each_exact() -> None:

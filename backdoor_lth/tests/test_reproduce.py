@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from backdoor_lth.claims import claims
-from backdoor_lth.reproduce import arms_seeds, reproduce
+from backdoor_lth.figures import summary
+from backdoor_lth.pruning import survivors
+from backdoor_lth.reproduce import arm_config, cells_of, reproduce
 from backdoor_lth.settings import Config
 from backdoor_lth.tests.nets import CONFIGS, config
 from common.config import parse
@@ -41,7 +43,7 @@ def test_the_study_has_a_row_for_every_network(study: Study) -> None:
     found = [(row["cell"]["arm"], row["seed"], row["cell"]["what"]) for row in rows(study.place)]
     for cell in (("poisoned", 0), ("poisoned", 1), ("clean", 0)):
         whats = [what for arm, seed, what in found if (arm, seed) == cell]
-        assert whats.count("dense") == 1 and whats.count("ticket") == 3 and whats.count("scan") in (4, 5)
+        assert whats.count("dense") == 1 and whats.count("ticket") == 3 and whats.count("scan") in (3, 4, 5)
     assert all(0 <= row["metrics"][name] <= 100 for row in rows(study.place) for name in ("sa", "asr", "ctr"))
 
 
@@ -64,7 +66,6 @@ def test_the_report_judges_every_claim(study: Study) -> None:
         "B6a",
         "B6b",
         "B7",
-        "B8",
         "B13",
     }
     assert measured == there | {"K2", "K3", "K5"}
@@ -82,32 +83,75 @@ def test_a_killed_study_goes_on(study: Study, tmp_path: Path) -> None:
 
 def test_the_demo_has_the_attack_and_three_controls() -> None:
     demo = parse(Config, ["--config", str(CONFIGS / "demo.yaml")], prog="")
-    cells = [(arm.name, seed) for arm, seed in arms_seeds(demo.study)]
+    cells = [(cell.arm.name, cell.seed) for cell in cells_of(demo.study)]
     assert {arm for arm, _ in cells} == {"poisoned", "clean", "relabelled", "equalised"}
     assert [seed for arm, seed in cells if arm == "poisoned"] == demo.study.seeds and len(demo.study.seeds) >= 5
 
 
-def test_the_word_full_stands_for_eight_seeds_and_more_controls(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Sequence[Cell], str]]:
+    """The cells and the identity of a study that is then not run."""
+
     class Stop(Exception):
         pass
 
-    told: list[Sequence[Cell]] = []
+    def plan(*options: str) -> tuple[Sequence[Cell], str]:
+        told: list[Any] = []
 
-    def stop(cells: Sequence[Cell], *_: object) -> None:
-        told.append(cells)
-        raise Stop
+        def stop(cells: Sequence[Cell], run_cell: object, folder: Path, identity: str, study: object) -> None:
+            told.extend((cells, identity))
+            raise Stop
 
-    monkeypatch.setattr("backdoor_lth.reproduce.run_study", stop)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+            patch.setattr("backdoor_lth.reproduce.run_study", stop)
+            reproduce([*options, "--study.runs", str(tmp_path)])
+        return told[0], told[1]
+
+    return plan
+
+
+def test_the_word_full_stands_for_eight_seeds_and_more_controls(planned: Callable[..., Any]) -> None:
     counts = {}
     for seeds in ("[full]", "[10, 11]"):
-        with pytest.raises(Stop):
-            reproduce(["--scale", "demo", "--study.seeds", seeds, "--study.runs", str(tmp_path)])
-        arms = [cell.settings["arm"] for cell in told[-1]]
+        cells, _ = planned("--scale", "demo", "--study.seeds", seeds)
+        arms = [cell.settings["arm"] for cell in cells]
         counts[seeds] = [arms.count(arm) for arm in ("poisoned", "clean", "relabelled", "equalised")]
+        if seeds == "[full]":
+            assert [cell.seed for cell in cells][:8] == list(range(10, 18))
     assert counts == {"[full]": [8, 5, 4, 4], "[10, 11]": [2, 2, 1, 1]}
-    assert [cell.seed for cell in told[0]][:8] == list(range(10, 18))
+
+
+def test_a_scale_without_a_larger_study_stays_as_it_is(planned: Callable[..., Any]) -> None:
+    assert planned("--scale", "smoke", "--study.seeds", "[full]") == planned("--scale", "smoke")
+
+
+def test_a_cell_is_found_again_with_other_arms_and_not_with_another_of_its_own(planned: Callable[..., Any]) -> None:
+    def names(arms: str) -> list[str]:
+        cells, identity = planned("--scale", "smoke", "--study.arms", arms)
+        return [f"{cell}\n{identity}" for cell in cells]
+
+    both, one = names("[{name: a}, {name: b, kind: none, seeds: 1}]"), names("[{name: b, kind: none, full: 3}]")
+    assert len(both) == 3 and len(one) == 2 and both[2] == one[0]
+    assert not set(names("[{name: b, kind: none, rate: 0.4}]")) & set(one)
+
+
+def test_an_arm_may_have_a_rate_and_rounds_of_its_own() -> None:
+    paper = parse(Config, ["--config", str(CONFIGS / "paper.yaml")], prog="")
+    left = {}
+    for arm in paper.study.arms:
+        prune = arm_config(paper, arm).prune
+        left[arm.name] = survivors(267_696, prune.rate, prune.rounds)[-1]
+    assert {left[arm] for arm in ("poisoned", "random", "rate40")} == {4} and left["rate10"] == 5
+
+
+def test_a_summary_says_where_an_attack_is_not_implanted(study: Study) -> None:
+    found = rows(study.place)
+    for row in found:
+        row["metrics"]["asr"] = 95.0 if row["seed"] else 89.0
+    lines = summary(found, {"poisoned": "dirty", "clean": "none"})
+    assert [line for line in lines if "implanted" in line] == [
+        "poisoned: attack not implanted at seeds 0 (ASR below 90 % on the dense network)"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +163,7 @@ def test_the_word_full_stands_for_eight_seeds_and_more_controls(
         (["--study.arms", "[{name: a, place: middle}]"], r"study\.arms\.place must be one of"),
         (["--task", "surrogate"], "task must be chain in a study, got 'surrogate'"),
         (["--attack.target", "12"], "attack: target must be a class of the labels, got 12"),
+        (["--score.extreme", "0.01"], r"score\.extreme must be at least the last ticket's density, 0\.02"),
         (["--study.worker", "2"], r"unknown key 'study\.worker'"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from backdoor_lth import scan as scanning
 from backdoor_lth.models import build_model
+from backdoor_lth.pruning import global_magnitude
 from backdoor_lth.scan import main
 from backdoor_lth.tests import nets
-from common.config import command
-from common.runs import read_json
+from common.runs import read_json, save_checkpoint
 from common.tests.paper_checks import refusal, said
 
 FEW = ["--inversion.steps", "4", "--inversion.images", "3", "--shape", "[3, 16, 16]", "--network.name", "cnn"]
@@ -52,23 +52,16 @@ def test_a_scan_leaves_the_same_report_every_time_and_names_disconnected_layers(
     )
 
 
-def test_training_data_give_a_trojan_score(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def training_set(path: Path, classes: int = 10, size: int = 16) -> Path:
     draws = np.random.default_rng(0)
-    images, labels = draws.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8), np.arange(60) % 10
-    path = weights.parent / "set.npz"
+    images, labels = draws.integers(0, 256, (60, size, size, 3), dtype=np.uint8), np.arange(60) % classes
     np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
-    options = [
-        "--train",
-        "true",
-        "--data.name",
-        "npz",
-        "--data.path",
-        path,
-        "--score.points",
-        "3",
-        "--score.batches",
-        "1",
-    ]
+    return path
+
+
+def test_training_data_give_a_trojan_score(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = training_set(weights.parent / "set.npz")
+    options = ["--data.name", "npz", "--data.path", path, "--score.points", "3", "--score.batches", "1"]
     said(main, ["--weights", weights, *FEW, *options, "--folder", weights.parent / "out"], capsys)
     report = read_json(weights.parent / "out" / "report.json")
     assert 0 <= report["trojan_score"] <= 1 and len(report["error"]) == 3
@@ -87,13 +80,101 @@ def test_nothing_in_a_file_of_weights_is_executed(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
 
 
-def test_a_network_of_ones_own_is_built_by_its_import_path(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scanning, "mine", lambda: build_model("cnn", 3, 10), raising=False)
-    options = ["--weights", weights, *FEW, "--builder", "backdoor_lth.scan:mine", "--folder", weights.parent / "out"]
-    monkeypatch.setattr("sys.argv", ["scan.py", *map(str, options)])
-    with pytest.raises(SystemExit):
-        command(main)
-    assert read_json(weights.parent / "out" / "report.json")["density"] < 0.7
+def test_the_masks_of_a_ticket_are_applied(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build_model("cnn", 3, 10)
+    masks = global_magnitude(model, None, 0.75)
+    path = weights.parent / "round-00.pt"
+    save_checkpoint(path, {"model": model.state_dict(), "masks": masks.state_dict()})
+    said(main, ["--weights", path, *FEW, "--folder", weights.parent / "out"], capsys)
+    assert read_json(weights.parent / "out" / "report.json")["weights_left"] == masks.kept == 8172
+    save_checkpoint(path, {"model": model.state_dict(), "masks": {"no.weight": torch.ones(1)}})
+    assert "mask no.weight must name a parameter" in refusal(main, ["--weights", path, *FEW], capsys)
+
+
+def test_a_pruned_modules_state_without_its_masks_is_refused(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = build_model("cnn", 3, 10).state_dict()
+    state["0.weight_orig"] = state.pop("0.weight")
+    torch.save(state, weights)
+    assert "plain tensors ('0.weight_mask')" in refusal(main, ["--weights", weights, *FEW], capsys)
+
+
+MINE = """
+import torch
+from torch import nn
+
+from models import Mine
+from backdoor_lth.models import build_model
+
+
+def make():
+    return Mine()
+
+
+def two():
+    return build_model("cnn", 3, 2)
+
+
+def flat():
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+"""
+
+
+@pytest.fixture
+def own(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a package `models`, as this folder's own file is called, and weights of its networks."""
+    monkeypatch.chdir(weights.parent)
+    monkeypatch.setattr(sys, "path", [str(nets.CONFIGS.parent), *sys.path])  # as `python backdoor_lth/scan.py` has it
+    for name in ("models", "mine"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    Path("models").mkdir()
+    Path("models/__init__.py").write_text(
+        "from backdoor_lth.models import small_cnn\nMine = lambda: small_cnn(3, 10)\n"
+    )
+    Path("mine.py").write_text(MINE)
+    torch.save(build_model("cnn", 3, 2).state_dict(), "two.pt")
+    torch.save({"1.weight": torch.randn(10, 768), "1.bias": torch.zeros(10)}, "flat.pt")
+    return weights
+
+
+def test_a_network_of_ones_own_is_found_in_the_working_directory(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = said(main, ["--weights", own, *FEW, "--builder", "mine:make", "--folder", "out"], capsys)
+    assert not status and "the report: out/report.json" in out
+    assert read_json(Path("out/report.json"))["density"] < 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weights", "two.pt", "--builder", "mine:two"], "classes must be the 2 that the network answers, got 10"),
+        (["--weights", "flat.pt", "--builder", "mine:flat"], "flat.pt: model must have a weight to prune"),
+        (["--weights", "flat.pt", "--builder", "mine:flat", "--shape", "[3, 8, 8]"], "flat.pt: mat1 and mat2 shapes"),
+        (
+            ["--weights", "net.pt", "--data.name", "npz", "--data.path", "12.npz"],
+            "classes must be at least 12, as many",
+        ),
+        (
+            ["--weights", "net.pt", "--data.name", "npz", "--data.path", "8x8.npz"],
+            r"shape must be that of .*\[3, 8, 8\]",
+        ),
+        (
+            ["--weights", "net.pt", "--data.name", "imagefolder", "--data.path", "x"],
+            "data.name must be a data set held",
+        ),
+        (["--weights", "net.pt", "--builder", "mine:nothing"], "builder must be .* that can be imported.*'nothing'"),
+    ],
+)
+def test_networks_and_data_that_do_not_fit_are_refused(
+    options: list[str], message: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training_set(Path("12.npz"), classes=12)
+    training_set(Path("8x8.npz"), size=8)
+    assert re.match(message, refusal(main, [*FEW, *options], capsys))
+    assert not Path("scan").exists()
+
+
+def test_what_a_scan_has_no_use_for_is_no_option_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--score.extreme", "--inversion.clean", "--train"):
+        assert f"unknown key '{option[2:]}'" in refusal(main, ["--weights", "x", option, "1"], capsys)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from backdoor_lth.tests.nets import CONFIGS, arguments, config
 from backdoor_lth.train import round_path, train
 from backdoor_lth.victim import network, victim
 from common.config import ConfigError, parse
-from common.runs import NonFiniteError, load_checkpoint, read_json
+from common.runs import CheckpointError, NonFiniteError, load_checkpoint, read_json, save_checkpoint
 from common.tests import children
 from common.tests.paper_checks import (
     check_eval_refuses,
@@ -29,6 +30,7 @@ from common.tests.paper_checks import (
     losses,
     quiet,
     refusal,
+    said,
     slow,
 )
 
@@ -72,7 +74,8 @@ def test_later_rounds_start_from_the_early_epoch_of_round_0(
 ) -> None:
     """With no further training a round's state is the state it was rewound to."""
     assert config().train.rewind_epoch == 1
-    once = config("--train.epochs", 1, "--prune.rounds", 1, "--prune.fast_rounds", 0, "--train.milestones", "[1.0]")
+    one = ("--train.epochs", 1, "--prune.rounds", 1, "--prune.fast_rounds", 0, "--score.extreme", 0.5)
+    once = config(*one, "--train.milestones", "[1.0]")
     train(once, tmp_path / "once", quiet)
     early = load_checkpoint(round_path(tmp_path / "once", 0))["model"]
     rewound: dict[str, Any] = {}
@@ -143,26 +146,58 @@ def test_a_finished_run_is_left_alone(chain: Path, monkeypatch: pytest.MonkeyPat
     assert train(config(), chain, quiet)["kept"] == KEPT
 
 
+@pytest.fixture(scope="module")
+def rival(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of another method."""
+    place = tmp_path_factory.mktemp("rivals")
+
+    def run(method: str) -> Path:
+        train(config("--prune.method", method), place / method, quiet)
+        return place / method
+
+    return run
+
+
 @pytest.mark.parametrize("method", ["omp", "snip", "grasp", "random"])
-def test_rivals_leave_nested_masks_of_the_same_counts(method: str, tmp_path: Path, chain: Path) -> None:
-    train(config("--prune.method", method), tmp_path / "run", quiet)
-    assert read_json(tmp_path / "run" / "done.json")["kept"] == KEPT
-    first = load_checkpoint(round_path(tmp_path / "run", 0))
+def test_rivals_leave_nested_masks_of_the_same_counts(method: str, rival: Callable[[str], Path], chain: Path) -> None:
+    run = rival(method)
+    assert read_json(run / "done.json")["kept"] == KEPT
+    first = load_checkpoint(round_path(run, 0))
     imp = load_checkpoint(round_path(chain, 0))
     same = all(torch.equal(first["masks"][name], imp["masks"][name]) for name in imp["masks"])
     assert same == (method == "omp")  # both rank the first round's magnitudes
     assert all(torch.equal(first["model"][name], imp["model"][name]) for name in imp["model"])
 
 
-def test_two_processes_share_a_batch(tmp_path: Path) -> None:
-    script = Path(training.__file__)
-    ended = children.run(*children.TORCHRUN, script, *arguments("--prune.rounds", 1, "--run.folder", tmp_path / "two"))
+RANKS = """
+import sys
+from pathlib import Path
+
+from backdoor_lth.tests.nets import config
+from backdoor_lth.train import train
+from common import distributed
+
+with distributed.process_group():
+    for method in ("snip", "grasp"):
+        train(config("--prune.method", method, "--prune.rounds", 2), Path(sys.argv[1]) / method, lambda fraction: None)
+"""
+
+
+def test_two_processes_share_a_batch_and_have_the_same_masks(tmp_path: Path, rival: Callable[[str], Path]) -> None:
+    (tmp_path / "ranks.py").write_text(RANKS)
+    ended = children.run(*children.TORCHRUN, tmp_path / "ranks.py", tmp_path)
     assert ended.returncode == 0, ended.stderr[-800:]
-    train(config("--prune.rounds", 1), tmp_path / "one", quiet)
-    two, one = (load_checkpoint(round_path(tmp_path / name, 0)) for name in ("two", "one"))
-    # Batch norm sees half a batch on each rank, so the two runs are alike and not equal; counts are.
-    assert sum(int(mask.sum()) for mask in two["masks"].values()) == KEPT[1]
-    assert 0 < max((two["model"][name] - one["model"][name]).abs().max() for name in two["masks"]) < 0.5
+    for method in ("snip", "grasp"):
+        runs = (tmp_path / method, rival(method))
+        two, one = ([load_checkpoint(round_path(run, number)) for number in (0, 1)] for run in runs)
+        # Batch norm sees half a batch on each rank, so the two runs are alike and not equal; scores at the start are.
+        assert 0 < max((two[0]["model"][name] - one[0]["model"][name]).abs().max() for name in two[0]["masks"]) < 0.5
+        for number in (0, 1):
+            kept = two[number]["masks"]
+            assert sum(int(mask.sum()) for mask in kept.values()) == KEPT[number + 1]
+            assert all(torch.equal(mask, one[number]["masks"][name]) for name, mask in kept.items())
+        # A weight that the other rank had kept would have its gradient.
+        assert not any(two[1]["model"][name][~mask].any() for name, mask in two[0]["masks"].items())
 
 
 def test_a_loss_that_is_not_a_number_names_round_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +252,8 @@ def test_what_is_measured_of_a_ticket_is_measured_on_that_ticket(chain: Path, me
         wanted = rates_of(model, there.test, there.triggered, 0, config().model.normalize)
         assert {name: measured["rounds"][number][name] for name in wanted} == pytest.approx(wanted, abs=0.11)
     assert [each["kept"] for each in measured["rounds"]] == KEPT[1:]
-    assert set(measured["scans"]) >= {"dense", "winner", "L", "winner-clean"}
+    assert set(measured["scans"]) >= {"dense", "winner", "winner-clean"}
+    assert ("L" in measured["scans"]) == (measured["winner"] < 2)  # else nothing is sparser
     won = measured["rounds"][measured["winner"]]
     assert won["score"] == max(each["score"] for each in measured["rounds"] if each["density"] <= 0.2)
     assert measured["scans"]["winner"]["sa"] == pytest.approx(won["sa"], abs=0.11)
@@ -238,6 +274,29 @@ def test_a_measured_run_is_not_measured_again(
 
 def test_eval_says_what_is_wrong_with_a_run(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_eval_refuses(evaluation.main, copied(chain, tmp_path / "run"), "round-00.pt", capsys)
+
+
+def test_weights_without_their_masks_are_refused(chain: Path, tmp_path: Path) -> None:
+    run = copied(chain, tmp_path / "run")
+    bare = load_checkpoint(round_path(run, 1))
+    save_checkpoint(round_path(run, 1), {"model": bare["model"]})
+    with pytest.raises(CheckpointError, match=r"round-01\.pt: not the masks of this run's network"):
+        evaluate(run)
+
+
+def test_what_is_said_of_a_scan_names_the_label_of_each_trigger(
+    chain: Path, measured: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(chain, tmp_path / "run")
+    _, out, _ = said(evaluation.main, ["--folder", copy], capsys)
+    scan = measured["scans"]["winner"]
+    (line,) = (line for line in out.splitlines() if line.startswith("winner:"))
+    assert f"label {scan['detected']} (" in line and f"recovered trigger {scan['detected_asr']:.1f} % on itself" in line
+    assert f"; target 0: recovered trigger {scan['own_asr']:.1f} % on itself, {scan['dense_asr']:.1f} % on" in line
+    assert ("attack not implanted" in out) == (measured["dense"]["asr"] < 90)
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("kind: dirty", "kind: none", 1))
+    _, out, _ = said(evaluation.main, ["--folder", copy], capsys)
+    assert "winner: label" in out and not any(word in out for word in ("target", "ASR", "CTR", "implanted"))
 
 
 # Configurations
@@ -284,6 +343,7 @@ def test_settings_that_cannot_be_are_refused(
         (["--attack.target", 11], "attack: target must be a class of the labels, got 11"),
         (["--attack.size", 40], "attack: patch must lie within the 28x28 image"),
         (["--model.name", "vgg16"], "model.name vgg16 does not take images of 28x28"),
+        (["--score.extreme", 0.02], r"score.extreme must be at least the last ticket's density, 0.0249\d+, got 0.02"),
         (["--model.mean", "[0, 0]", "--model.std", "[1, 1]"], "model.mean must be as many numbers as"),
     ],
 )

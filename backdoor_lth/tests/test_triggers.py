@@ -42,7 +42,8 @@ def test_other_sizes_are_resized_as_the_picture_itself_was() -> None:
     """The 5 pixels the authors resized from their 80x80 picture, ours from its 64 pixels."""
     small = F.interpolate(patch_image("rgb", 64)[None], (5, 5), mode="bilinear", antialias=True)[0]
     assert (small.int() - RGB.int()).abs().max() <= 2
-    assert patch_image("gray", 7).shape == (3, 7, 7)
+    large = F.interpolate(patch_image("gray", 5)[None], (64, 64), mode="bilinear", antialias=True)[0]
+    assert torch.equal(large, patch_image("gray", 64)) and patch_image("gray", 7).shape == (3, 7, 7)
 
 
 def test_stamping_gives_the_authors_images() -> None:
@@ -150,6 +151,7 @@ def test_clean_label_poison_is_bounded_and_only_of_the_target_class() -> None:
     images, labels = some_images()
     torch.manual_seed(0)
     surrogate = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(100, 4)).train()
+    surrogate[1].eval()
     before = {key: value.clone() for key, value in surrogate.state_dict().items()}
     made = poison(images, labels, Trigger(RGB), ratio=1.0, target=1, mode="clean_label", surrogate=surrogate)
     assert torch.equal(made.labels, labels) and torch.equal(made.is_poisoned, labels == 1)
@@ -157,7 +159,12 @@ def test_clean_label_poison_is_bounded_and_only_of_the_target_class() -> None:
     difference = (made.images.int() - images.int())[labels == 1].abs()
     difference[:, :, 4:9, 4:9] = 0  # the patch
     assert 0 < difference.max() <= 8
-    assert surrogate.training and all(torch.equal(value, before[key]) for key, value in surrogate.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in surrogate.state_dict().items())
+    with pytest.raises(RuntimeError):
+        poison(
+            images[..., :9], labels, Trigger(RGB, (0, 0)), ratio=1.0, target=1, mode="clean_label", surrogate=surrogate
+        )
+    assert [module.training for module in surrogate.modules()] == [True, True, False, True, True]
 
 
 def test_pgd_gives_the_authors_images_and_stays_in_the_ball() -> None:
@@ -181,6 +188,8 @@ def test_pgd_gives_the_authors_images_and_stays_in_the_ball() -> None:
         ({"ratio": 1.5}, r"ratio must be in \[0, 1\], got 1.5"),
         ({"target": 9}, "target must be a class of the labels, got 9"),
         ({"mode": "clean_label"}, "surrogate must be a network with mode clean_label, got None"),
+        ({"mode": "clean-label"}, "mode must be one of dirty, clean_label, relabel, got 'clean-label'"),
+        ({"select": "last"}, "select must be one of random, first, got 'last'"),
     ],
 )
 def test_poison_that_cannot_be_is_refused(options: dict[str, object], message: str) -> None:
