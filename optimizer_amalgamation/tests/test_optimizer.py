@@ -340,6 +340,11 @@ def test_an_update_that_is_no_number_is_left_out_and_counted(impl: str, monkeypa
     assert not torch.equal(params[0], starts[0]) and not torch.equal(params[2], starts[2])
 
 
+def test_without_a_word_the_weights_are_shipped_ones() -> None:
+    optimizer, named = (AmalgamatedOptimizer(parameters(), *words) for words in ((), ("minmax",)))
+    assert all(torch.equal(weight, named.weights[name]) for name, weight in optimizer.weights.items())
+
+
 def test_contexts_of_changing_sets_of_parameters_do_not_pile_up() -> None:
     params = [nn.Parameter(torch.zeros(1 + number % 3)) for number in range(9)]
     optimizer = LEARNT["original"](params, impl="flat")
