@@ -194,15 +194,18 @@ def _smallest(roots: Domains, which: Tensor, n_images: int) -> Tensor:
 
 
 def outward(net: ChainNet, x_lb: Tensor, x_ub: Tensor, pre: PreBounds) -> PreBounds:
-    """Bounds widened by what rounding in working precision may have taken: 2e-6 of |W| |h| + |b|, neuron by neuron.
+    """Bounds widened by what rounding in working precision may have taken, neuron by neuron.
 
-    2e-6 is about 30 float32 roundings (6e-8), the root-mean-square error of a sum of 1,000 terms. Neurons that are
-    constant zero (pruned channels) stay exactly so.
+    Of a layer's own sums 2e-6 of |W| |h| + |b|; of the layers before it, and of the box itself, |W| times theirs: a
+    relaxation is off by no more than the bounds it was made of, and no slope is above 1. 2e-6 is about 30 float32
+    roundings (6e-8), the root-mean-square error of a sum of 1,000 terms. Neurons that are constant zero (pruned
+    channels) stay exactly so.
     """
     wide = []
     size = torch.maximum(x_lb.abs(), x_ub.abs()).flatten(1)
+    slack = ROUNDING * size
     for k, (lower, upper) in enumerate(pre):
-        slack = ROUNDING * (net.affines[k].radius(size) + net.affines[k].bias.abs())
+        slack = net.affines[k].radius(slack + ROUNDING * size) + ROUNDING * net.affines[k].bias.abs()
         wide.append((lower - slack, upper + slack))
         size = wide[-1][1].relu()
     return wide
