@@ -140,6 +140,16 @@ def difference(arm: Arm, reference: Arm, number: Number) -> Measure:
     return measure
 
 
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Holm's adjusted p-values: the r-th smallest of m times m - r + 1, at most 1, never below the one before it."""
+    adjusted: dict[str, float] = {}
+    least = 0.0
+    for rank, name in enumerate(sorted(p, key=p.__getitem__)):
+        least = max(least, min(1.0, p[name] * (len(p) - rank)))
+        adjusted[name] = least
+    return {name: adjusted[name] for name in p}
+
+
 def judge(claims: Sequence[Claim], rows: Rows) -> list[dict[str, Any]]:
     """Each claim with values, estimate, bounds and verdict as plain data; without its rows it is inconclusive."""
     judged = []

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from common.claims import Claim, Rows
+from common.claims import Claim, Rows, holm
 from symbolic_l2o.sanity import TARGETS
 from symbolic_l2o.settings import BASELINES
 
@@ -143,19 +143,15 @@ def form_deficit(rows: Rows, seed: int) -> float:
 
 def problems_won(rows: Rows, seed: int) -> float:
     """C8: unseen problems on which the pole rule ends below both tuned rivals: Wilcoxon over starts, Holm."""
-    tests = []
+    tests = {}
     for problem in UNSEEN:
         ours = np.asarray(final(rows, seed, "rp_s", "pole", problem))
         for rival in RIVALS:
             theirs = np.asarray(final(rows, seed, "baselines", rival, problem))
             p = stats.wilcoxon(ours, theirs, alternative="less").pvalue if (ours != theirs).any() else 1.0
-            tests.append((float(p), problem))
-    won: dict[str, int] = dict.fromkeys(UNSEEN, 0)
-    for rank, (p, problem) in enumerate(sorted(tests)):
-        if p > ALPHA / (len(tests) - rank):
-            break
-        won[problem] += 1
-    return float(sum(count == len(RIVALS) for count in won.values()))
+            tests[f"{problem} {rival}"] = float(p)
+    corrected = holm(tests)
+    return float(sum(all(corrected[f"{problem} {rival}"] <= ALPHA for rival in RIVALS) for problem in UNSEEN))
 
 
 def tuning_gain(rows: Rows, seed: int) -> float:

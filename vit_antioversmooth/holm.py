@@ -5,13 +5,13 @@ could be made; a verdict stands only where its own is below LEVEL, and is inconc
 both references of a method, the plain network and its control.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from common.claims import Claim, Rows, judge
+from common.claims import Claim, Rows, holm, judge
 
 FAMILY = ("C4", "C5", "C7")
 LEVEL = 0.05
@@ -20,16 +20,6 @@ LEVEL = 0.05
 def of_family(claim: Claim) -> bool:
     """Whether the claim is one of C4, C5, C7 that a t test decides; C4c and C4d are not."""
     return claim.id[:2] in FAMILY and claim.interval == "t"
-
-
-def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Holm's adjusted p-values: the r-th smallest of m times m - r + 1, at most 1, never below the one before it."""
-    adjusted: dict[str, float] = {}
-    least = 0.0
-    for rank, name in enumerate(sorted(p, key=p.__getitem__)):
-        least = max(least, min(1.0, p[name] * (len(p) - rank)))
-        adjusted[name] = least
-    return {name: adjusted[name] for name in p}
 
 
 def p_values(claim: Claim, values: Sequence[float]) -> dict[str, float]:

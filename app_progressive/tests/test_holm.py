@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from app_progressive.claims import claims
-from app_progressive.holm import holm, judge_together, of_family, p_values
+from app_progressive.holm import judge_together, of_family, p_values
 from app_progressive.settings import Config
-from common.claims import Claim
+from common.claims import Claim, holm
 
 
 def two(p: float, mean: float = 1.0) -> list[float]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from common.claims import judge
+from common.claims import holm, judge
 from vit_antioversmooth.claims import CLAIMS
 from vit_antioversmooth.cost import PAPER_COUNTS
 from vit_antioversmooth.figures import draw
-from vit_antioversmooth.holm import holm, judge_together
+from vit_antioversmooth.holm import judge_together
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
 
