@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from common.claims import Rows
+
+COLORS = [colormaps["tab20"](index) for index in (*range(0, 20, 2), *range(1, 20, 2))]  # the strong ones first
 
 
 def draw(rows: Rows) -> dict[str, Figure]:
@@ -31,12 +34,16 @@ def _accuracy(rows: Rows) -> Figure:
     for panel, (x, y, label, title) in zip(panels, axes, strict=True):
         for index, name in enumerate(names):
             there = [row["metrics"] for row in rows if row["cell"]["arm"] == name and x in row["metrics"]]
+            if name == "start" and y == "before_accuracy":
+                there = []  # of random weights: all it does is stage 2
             points = np.array([(metrics[x], metrics[y]) for metrics in there]).reshape(-1, 2)
             style = "os^vDP*"[index % 7]
-            panel.plot(*points.T, style, color=f"C{index % 10}", label=name, alpha=0.6, markersize=5)
+            panel.plot(*points.T, style, color=COLORS[index % 20], label=name, alpha=0.8, markersize=5)
         panel.set(xlabel=label, ylabel="test accuracy, %", title=title)
     after = [row["metrics"]["test_accuracy"] for row in rows]
     panels[1].set_ylim(_low(after), max(after) + 0.5)
+    if below := sum(value < _low(after) for value in after):
+        panels[1].set_title(f"after stage 2 ({below} below the axis)")
     panels[2].sharey(panels[1])
     panels[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
