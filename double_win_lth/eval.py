@@ -1,7 +1,8 @@
 """Measure a finished run: python double_win_lth/eval.py --folder RUN [--attack pgd20|worst|autoattack] [...]
 
 A run that found tickets: SA and RA of its pre-trained network on the source task. A transfer: those of each ticket
-on the target task. All that was measured is kept in eval.json and read from there.
+on the target task, with transfer.select also of the weights that were best in validation. All that was measured is
+kept in eval.json and read from there.
 """
 
 import importlib
@@ -84,7 +85,7 @@ def _networks(config: Config, folder: Path) -> tuple[dict[str, nn.Module], Image
         model = network(config, splits.train, device())
         load_weights(model, load_checkpoint(folder / "pretrained.pt"), folder / "pretrained.pt")
         return {"dense": model}, splits.test
-    train_set, _, test = target_images(config)
+    train_set, val, test = target_images(config)
     tickets = config.transfer.tickets
     models = [network(config, train_set, device()) for _ in tickets]
     path = folder / "model.pt"
@@ -96,7 +97,12 @@ def _networks(config: Config, folder: Path) -> tuple[dict[str, nn.Module], Image
             model.load_state_dict(batch.ticket_state(index))
     else:
         load_weights(models[0], content, path)
-    return dict(zip(tickets, models, strict=True)), test
+    networks = dict(zip(tickets, models, strict=True))
+    for measure in ("sa", "ra"):
+        if measure in content:
+            best = networks[f"{tickets[0]}, best {measure}"] = network(config, train_set, device())
+            load_weights(best, {"model": content[measure]}, path)
+    return networks, val if config.eval.split == "val" else test
 
 
 def _measure(name: str, model: nn.Module, data: ImageSet, config: Config, arguments: EvalArguments) -> Any:
@@ -117,7 +123,7 @@ def _measure(name: str, model: nn.Module, data: ImageSet, config: Config, argume
     limits = config.eval.attack
     if arguments.attack == "autoattack":
         return _auto_attack(model, first, limits.eps, config)
-    attack = Regime("pgd", limits.eps, limits.step_size, 20)
+    attack = Regime("pgd", limits.eps, limits.step_size, 20, limits.random_start)
     return accuracies(model, first, attack, worst=arguments.attack == "worst", **options)[0]
 
 

@@ -137,6 +137,8 @@ def similarity_rows(config: Config, regimes: Sequence[RegimeName], root: Path) -
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
     config = study_config(Config, HERE / "configs", arguments)
+    scale = config.study.scale
+    require(not scale.startswith("paper"), "study.scale", scale, "a study: those files configure one run of train.py")
     for data in (config.source, config.target):
         load(data)  # once, before any cell: a download happens here, a data set that is not there ends here
     config.require_apart()

@@ -133,7 +133,7 @@ class EvalConfig:
     """attacked images, the first ones; 0: all"""
     batch_size: int = 250
     split: Literal["test", "val"] = "test"
-    """val: the held-out target images, to choose settings by"""
+    """val: the held-out target images of transfer.val, to choose settings by"""
 
     def __post_init__(self) -> None:
         self.attack.check("eval.attack")
@@ -237,9 +237,17 @@ class Config:
             getattr(self, name).check(name)
         for name in ("pretrain", "round", "finetune"):
             getattr(self, name).check(name)
+        held_out = self.eval.split == "test" or self.transfer.val > 0
+        require(held_out, "transfer.val", self.transfer.val, "above 0 with eval.split val")
         # Held-out target images are transfer.val, so that every draw of a fraction leaves the same ones alone.
         whole = self.target.val == 0 and self.target.fraction == 1
         require(whole, "target", self.target, "with val 0 and fraction 1: see transfer.val and transfer.fraction")
+
+    def steps(self, name: Literal["pretrain", "round", "finetune"], per_epoch: int) -> int:
+        """Length of a stage. Raises `ConfigError` where it is 0."""
+        total: int = getattr(self, name).total(per_epoch)
+        require(total > 0, f"{name}.steps", total, f"above 0, or {name}.epochs")
+        return total
 
     def require_apart(self) -> None:
         """Raise `ConfigError` where source and target share classes of one data set without allow_overlap."""

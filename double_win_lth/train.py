@@ -8,7 +8,7 @@ leaves pretrained.pt and tickets.safetensors. task transfer: train tickets of su
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -64,16 +64,17 @@ class Chain:
             survivors(self.prunable, config.prune.rate, config.prune.rounds)
         except ValueError as error:
             raise ConfigError(f"prune: {error}") from error
-        self.first_round = 0 if config.init else self._steps(config.pretrain)
-        self.a_round = self._steps(config.round) if config.prune.rounds > 1 else 0
+        self.first_round = 0 if config.init else self._steps("pretrain")
+        self.a_round = self._steps("round") if config.prune.rounds > 1 else 0
         self.total = self.first_round + (config.prune.rounds - 1) * self.a_round
         self.position = 0  # finished steps over all stages
         self.pretrained: dict[str, Tensor] | None = None
         self.book: TicketBook | None = None
         self.optimizer = config.pretrain.optimizer(model)
 
-    def _steps(self, sgd: SgdConfig) -> int:
-        return sgd.total(steps_per_epoch(self.splits.train, sgd.batch_size))
+    def _steps(self, stage: Literal["pretrain", "round"]) -> int:
+        per_epoch = steps_per_epoch(self.splits.train, getattr(self.config, stage).batch_size)
+        return self.config.steps(stage, per_epoch)
 
     def state(self) -> dict[str, Any]:
         """As plain data, for a checkpoint."""

@@ -35,6 +35,9 @@ REINIT, RANDOM, SHUFFLE, EVALUATION = 3, 4, 5, 6  # what a generator is for
 def transfer(config: Config, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Train the tickets in `folder`, from where the run stands; returns and leaves in done.json SA and RA of each.
 
+    Those of the last weights; with transfer.select of the weights that were best in validation, and the last ones'
+    as `last`.
+
     Raises:
         ConfigError: if the run that found the tickets is not there, not finished or of another network.
         CheckpointError: if its files are damaged.
@@ -45,7 +48,7 @@ def transfer(config: Config, folder: Path, progress: Progress | None = None) -> 
         tickets = [ticket_network(config, train_set, ticket, source, device) for ticket in config.transfer.tickets]
         model, masks = together(tickets)
         per_epoch = steps_per_epoch(train_set, config.finetune.batch_size)
-        total, every = config.finetune.total(per_epoch), config.run.checkpoint_every
+        total, every = config.steps("finetune", per_epoch), config.run.checkpoint_every
         run = Run(folder, config, total_steps=total, checkpoint_every=every, progress=progress)
         if run.finished:
             return read_json(folder / "done.json")
@@ -55,12 +58,14 @@ def transfer(config: Config, folder: Path, progress: Progress | None = None) -> 
                 "sparsity": {t: m.sparsity for t, (_, m) in zip(config.transfer.tickets, tickets, strict=True)}
             }
             judged = val if config.eval.split == "val" else test
-            metrics["tickets"] = measured(config, model, judged)
-            if best:
-                metrics["selected"] = {}
+            metrics["tickets"] = last = measured(config, model, judged)
+            if best:  # SA of the weights of the best SA in validation, RA of those of the best RA where it counts
+                ticket, selected = config.transfer.tickets[0], {}
                 for name, (_, state) in best.items():
                     model.load_state_dict(state)
-                    metrics["selected"][name] = measured(config, model, judged)[config.transfer.tickets[0]]
+                    selected[name] = measured(config, model, judged)[ticket]
+                chosen = {"sa": selected["sa"]["sa"], "ra": selected.get("ra", selected["sa"])["ra"]}
+                metrics |= {"last": last, "selected": selected, "tickets": {ticket: chosen}}
             run.finish(metrics)
             return metrics
 

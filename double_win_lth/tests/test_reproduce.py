@@ -94,6 +94,10 @@ def test_a_killed_study_goes_on(study: Study, tmp_path: Path) -> None:
     ("wrong", "message"),
     [
         (["--scale", "huge"], r"--scale must be one of .*smoke"),
+        (
+            ["--scale", "paper_imp_adv"],
+            r"study\.scale must be a study: those files configure one run of train\.py, got",
+        ),
         (["--study.schemes", "[]"], r"study\.schemes must be at least one scheme"),
         (["--study.schemes", "[{fraction: 2}]"], r"study\.schemes\.fraction must be in \(0, 1\], got 2"),
         (["--study.middle", "9"], r"study.middle must be in \[1, study.high = 2\], got 9"),

@@ -36,6 +36,7 @@ from double_win_lth import transfer as transferring
 from double_win_lth.convert import load_pretrained, plain_names, read_weights
 from double_win_lth.convert import main as convert
 from double_win_lth.models import build_model
+from double_win_lth.regimes import Regime
 from double_win_lth.settings import Config
 from double_win_lth.tests.nets import CONFIGS, arguments, config
 from double_win_lth.tickets import conv_weights, one_shot_tickets
@@ -333,6 +334,30 @@ def test_the_best_weights_are_those_of_the_best_validation_epoch(found: Path, tm
     assert len(scores) == 3  # from epoch 1 on
     for name in ("sa", "ra"):
         assert metrics["selected"][name][name] == pytest.approx(max(line[name] for line in scores))
+        assert metrics["tickets"]["dense"][name] == metrics["selected"][name][name]  # what the study reports
+    assert metrics["last"]["dense"] == pytest.approx({name: scores[-1][name] for name in ("sa", "ra")})
+    measures = evaluation.evaluate(arguments_of(tmp_path / "run"))  # on the same validation images
+    assert set(measures) == {"dense", "dense, best sa", "dense, best ra"}
+    assert measures["dense, best sa"]["sa"] == pytest.approx(metrics["tickets"]["dense"]["sa"])
+    assert measures["dense"]["sa"] == pytest.approx(metrics["last"]["dense"]["sa"])
+
+
+def test_the_attack_of_measuring_starts_where_the_run_says(
+    moved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, starts = copied(moved, tmp_path / "run"), []
+    text = (run / "config.yaml").read_text()
+    assert text.count("random_start: true") == 4  # of fast, adv, attack and eval.attack, in this order
+    before, _, after = text.rpartition("random_start: true")
+    (run / "config.yaml").write_text(f"{before}random_start: false{after}")
+
+    def watch(*regime: Any) -> Regime:
+        starts.append(Regime(*regime).random_start)
+        return Regime(*regime)
+
+    monkeypatch.setattr(evaluation, "Regime", watch)
+    evaluation.evaluate(arguments_of(run, images=20))
+    assert starts == [False, False]
 
 
 # The command line
@@ -364,6 +389,9 @@ def test_the_best_weights_are_those_of_the_best_validation_epoch(found: Path, tm
         (["--transfer.tickets", "[imp]"], "ticket must be dense or KIND:LEVEL"),
         (["--transfer.tickets", "[imp:0]"], "ticket must be dense or KIND:LEVEL"),
         (["--transfer.select", "val", "--transfer.val", "0"], "transfer.val must be above 0 with transfer.select val"),
+        (["--eval.split", "val", "--transfer.val", "0"], "transfer.val must be above 0 with eval.split val, got 0"),
+        (["--pretrain.steps", "0"], "pretrain.steps must be above 0, or pretrain.epochs, got 0"),
+        (["--round.steps", "0"], "round.steps must be above 0, or round.epochs, got 0"),
         (["--init", "nowhere.pt"], "nowhere.pt: no such file of weights"),
         (["--task", "transfer"], "transfer.run must be the folder of a run that found tickets, got ''"),
         (["--task", "transfer", "--transfer.run", "no"], "no: must be the folder of a finished run of task tickets"),
@@ -386,6 +414,7 @@ def test_a_transfer_that_does_not_fit_its_tickets_is_refused_by_name(found: Path
         assert not (tmp_path / "run").exists() and "\n" not in str(error.value)
         return str(error.value)
 
+    assert told("--finetune.steps", 0) == "finetune.steps must be above 0, or finetune.epochs, got 0"
     assert told("--transfer.tickets", "[imp:3]") == "transfer.tickets must be of a level up to 2, got 'imp:3'"
     assert "pretrained.pt: conv1.weight must be (8, 1, 3, 3), got (4, 1, 3, 3)" in told("--model.width", 8)
     assert "pretrained.pt: lacks layers" in told("--model.name", "resnet20")
