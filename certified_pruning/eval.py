@@ -1,8 +1,8 @@
 """Verify every round of a finished chain: python certified_pruning/eval.py --folder runs/certified_pruning/imp-seed0
 
-Writes eval.json into the run's folder: per round, on the first images of the test split, clean, attacked and verified
-accuracy, bound tightness and branch-and-bound effort; on validation images what a round is chosen by. Pruned channels
-are removed first, so that the small network is what is verified.
+Writes eval.json into the run's folder: per round, on the first images of the test split, clean and verified
+accuracy, falsified share, bound tightness and branch-and-bound effort; on validation images what a round is chosen
+by. Pruned channels are removed first, so that the small network is what is verified.
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certified_pruning.chain import ChainNet
+from certified_pruning.chain import ChainNet, full_precision
 from certified_pruning.compress import compress_channels
 from certified_pruning.crown import crown_intermediate
 from certified_pruning.ibp import ibp, input_box, margin_spec
@@ -84,6 +84,7 @@ def evaluate_network(model: nn.Module, val: ImageSet, test: ImageSet, config: Co
     }
 
 
+@full_precision()
 @torch.no_grad()
 def stability(model: nn.Module, raw: Tensor, config: Config) -> dict[str, float]:
     """How much the ReLUs of a network loosen its bounds on the box of radius eps, by CROWN bounds [l, u].
@@ -108,6 +109,7 @@ def stability(model: nn.Module, raw: Tensor, config: Config) -> dict[str, float]
     return found
 
 
+@full_precision()
 @torch.no_grad()
 def ibp_verified(model: nn.Module, data: ImageSet, config: Config) -> float:
     """Percent of *all* images of a split that interval bounds alone verify: what certified training is for."""

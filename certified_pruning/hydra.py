@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from common import distributed
-from common.masks import Masks, keep_top, prunable_weights
+from common.masks import Masks, keep_top
 
 
 def popup_init(weight: Tensor) -> Tensor:
-    """Initial scores sqrt(6 / fan_in) * w / max |w| of a convolution weight (out, in, kh, kw)."""
+    """Initial scores sqrt(6 / fan_in) * w / max |w| of a weight (out, in[, kh, kw])."""
     return math.sqrt(6 / weight[0].numel()) * weight / weight.abs().max()
 
 
@@ -51,7 +51,7 @@ def hydra_scores(
     lr: float,
     clip: float = 8.0,
 ) -> dict[str, Tensor]:
-    """Learned |score| of every convolution weight; Adam, lr a tenth after half and again after three quarters.
+    """Learned |score| of every masked weight; Adam, lr a tenth after half and again after three quarters.
 
     Args:
         model: the trained network; not changed.
@@ -64,10 +64,11 @@ def hydra_scores(
     """
     search = copy.deepcopy(model).train().requires_grad_(False)
     popups = {}
-    for name, weight in prunable_weights(search).items():
+    for name in masks:
+        weight = search.get_parameter(name)
         popups[name] = Popup(weight, keep[name], masks[name].to(weight.device))
-        convolution = search.get_submodule(name.rpartition(".")[0])
-        parametrize.register_parametrization(convolution, "weight", popups[name])
+        layer = search.get_submodule(name.rpartition(".")[0])
+        parametrize.register_parametrization(layer, "weight", popups[name])
     scores = [popup.scores for popup in popups.values()]
     optimizer = torch.optim.Adam(scores, lr)
     for step in range(steps):

@@ -20,6 +20,7 @@ from certified_pruning.hydra import hydra_scores
 from certified_pruning.nrs import NrsStats, nrs_loss
 from certified_pruning.objective import robust_loss
 from certified_pruning.pruners import (
+    KINDS,
     dense_masks,
     keep_of_rate,
     keep_of_remain,
@@ -27,7 +28,7 @@ from certified_pruning.pruners import (
     prune_weights,
     saliency,
 )
-from certified_pruning.settings import Config
+from certified_pruning.settings import CHANNEL_METHODS, Config
 from certified_pruning.train_ibp import pixel_box
 from common.config import UserError
 from common.data import ImageSet, batches, in_order, pixels, steps_per_epoch
@@ -38,8 +39,8 @@ from common.runs import generator
 def initial_masks(config: Config, model: nn.Module) -> Masks:
     """Masks of the dense network over what the method prunes. Raises `UserError` where there are no such channels."""
     method = config.prune.method
-    if method not in ("slim", "refill", "nrs", "l1-channel"):
-        return dense_masks(model)
+    if method not in CHANNEL_METHODS:
+        return dense_masks(model, KINDS[config.prune.prunable])
     try:
         return dense_channel_masks(model, convolutions=method in ("refill", "l1-channel"))
     except ValueError as error:
@@ -70,11 +71,12 @@ def next_masks(config: Config, model: nn.Module, masks: Masks, level: int, data:
 
 def _next_masks(config: Config, model: nn.Module, masks: Masks, level: int, data: ImageSet) -> Masks:
     prune, per_layer = config.prune, config.prune.scope == "layer"
+    kinds = KINDS[prune.prunable]
     remain = (1 - prune.rate) ** (level + 1)
     if prune.method in ("imp", "imp+nrs"):
-        return prune_weights(magnitude(model), masks, keep_of_rate(masks, prune.rate, per_layer))
+        return prune_weights(magnitude(model, kinds), masks, keep_of_rate(masks, prune.rate, per_layer))
     if prune.method == "random":
-        scores = random_scores(prunable_weights(model), generator(config.seed, level))
+        scores = random_scores(prunable_weights(model, kinds), generator(config.seed, level))
         return prune_weights(scores, masks, keep_of_rate(masks, prune.rate, per_layer))
     if prune.method in ("snip", "taylor", "hydra"):
         return _by_gradient(config, model, masks, level, remain, data)
@@ -93,7 +95,8 @@ def _next_masks(config: Config, model: nn.Module, masks: Masks, level: int, data
 def _by_gradient(config: Config, model: nn.Module, masks: Masks, level: int, remain: float, data: ImageSet) -> Masks:
     prune, per_epoch = config.prune, steps_per_epoch(data, config.train.batch_size)
     steps = prune.search_epochs * per_epoch if prune.method == "hydra" else 1
-    unseen = (config.train.epochs * prune.rounds + (prune.search_epochs + 1) * level) * per_epoch
+    first = 1 if prune.method == "taylor" else 0  # SNIP and Taylor are one criterion, on batches of their own
+    unseen = (config.train.epochs * prune.rounds + (prune.search_epochs + 1) * level) * per_epoch + first
     stream = batches(data, config.train.batch_size, config.data, seed=config.seed, step=unseen)
     device = next(model.parameters()).device
 
@@ -104,7 +107,7 @@ def _by_gradient(config: Config, model: nn.Module, masks: Masks, level: int, rem
 
     sizes = {name: mask.numel() for name, mask in masks.items()}
     if prune.method != "hydra":
-        scores = saliency(model, lambda network: loss(network, 0))
+        scores = saliency(model, lambda network: loss(network, first), KINDS[prune.prunable])
         return prune_weights(scores, masks, keep_of_remain(sizes, remain, prune.scope == "layer"))
     keep = keep_of_remain(sizes, remain, per_layer=True)
     assert not isinstance(keep, int)

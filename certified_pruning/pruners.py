@@ -5,7 +5,8 @@
     random       uniform            `common.masks.random_scores`
     HYDRA        learned            hydra.py
 
-Masks are nested, counts exact. Biases, batch norms and linear layers are never pruned; the first convolution is.
+Masks are nested, counts exact. The first convolution is pruned, linear layers if `kinds` says so (they are not in the
+paper), biases and batch norms never.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from certified_pruning.errors import EmptyLayerError
 from common import distributed
 from common.masks import Masks, keep_top, keep_top_per_layer, prunable_weights, saliency_scores
 
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv2d,)
+KINDS = {"conv": CONVOLUTIONS, "conv+linear": (nn.Conv2d, nn.Linear)}
+"""What prune.prunable stands for."""
+
 Keep = int | Mapping[str, int]
 """Entries to keep: in all layers together, or by layer."""
 
 
-def dense_masks(model: nn.Module) -> Masks:
-    """Masks that keep every convolution weight of `model`."""
-    return Masks.ones_like(prunable_weights(model, (nn.Conv2d,)))
+def dense_masks(model: nn.Module, kinds: tuple[type[nn.Module], ...] = CONVOLUTIONS) -> Masks:
+    """Masks that keep every weight of the layers of `model` that are of these kinds."""
+    return Masks.ones_like(prunable_weights(model, kinds))
 
 
 def keep_of_rate(masks: Masks, rate: float, per_layer: bool = False) -> Keep:
@@ -79,20 +84,22 @@ def prune_weights(scores: Mapping[str, Tensor], masks: Masks, keep: Keep) -> Mas
     return pruned
 
 
-def magnitude(model: nn.Module) -> dict[str, Tensor]:
-    """|w| of every convolution weight."""
-    return {name: weight.detach().abs() for name, weight in prunable_weights(model, (nn.Conv2d,)).items()}
+def magnitude(model: nn.Module, kinds: tuple[type[nn.Module], ...] = CONVOLUTIONS) -> dict[str, Tensor]:
+    """|w| of every weight of these kinds of layers."""
+    return {name: weight.detach().abs() for name, weight in prunable_weights(model, kinds).items()}
 
 
-def saliency(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
-    """|w dL/dw| of every convolution weight, on one batch and with batch norm in train mode (SNIP, Taylor).
+def saliency(
+    model: nn.Module, loss: Callable[[nn.Module], Tensor], kinds: tuple[type[nn.Module], ...] = CONVOLUTIONS
+) -> dict[str, Tensor]:
+    """|w dL/dw| of every weight of these kinds of layers, on one batch with batch norm in train mode (SNIP, Taylor).
 
     Args:
         model: not changed; masked weights are 0, so they score 0.
         loss: of a network on this rank's share of the batch; gradients are averaged over the ranks.
     """
     probe = copy.deepcopy(model).train()
-    weights = prunable_weights(probe, (nn.Conv2d,))
+    weights = prunable_weights(probe, kinds)
     gradients = list(torch.autograd.grad(loss(probe), list(weights.values())))
     distributed.average_(gradients)
     return saliency_scores(weights, gradients)

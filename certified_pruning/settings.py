@@ -13,6 +13,7 @@ from common.study import StudyConfig
 
 Regime = Literal["standard", "fgsm", "fgsm_gradalign", "crown_ibp", "fast_ibp"]
 Method = Literal["imp", "random", "snip", "taylor", "hydra", "imp+nrs", "slim", "refill", "nrs", "l1-channel"]
+CHANNEL_METHODS = ("slim", "refill", "nrs", "l1-channel")
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ class PruneConfig:
     """of rewind_lt"""
     at_init: bool = False
     """one-shot: prune the initial weights by rate, then train the one round there is (snip, taylor)"""
+    prunable: Literal["conv", "conv+linear"] = "conv"
+    """layers whose weights are pruned; channels are those of convolutions"""
     scope: Literal["global", "layer"] = "global"
     """one threshold for all layers, or one a layer; hydra and l1-channel always have one a layer"""
     min_channels: int = 0
@@ -122,6 +125,8 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.rate < 1, "prune.rate", self.rate, "in (0, 1)")
+        of_weights = self.prunable == "conv" or self.method not in CHANNEL_METHODS
+        require(of_weights, "prune.prunable", self.prunable, f"conv with method {self.method}")
         require(self.rounds >= 1, "prune.rounds", self.rounds, "at least 1")
         require(self.rewind_epoch >= 1, "prune.rewind_epoch", self.rewind_epoch, "at least 1")
         once = not self.at_init or (self.rounds == 1 and self.prune_type == "lt" and self.method in ("snip", "taylor"))

@@ -77,7 +77,9 @@ class Chain:
         """Take over what `state` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.masks, self.initial = Masks(state["masks"]), state["initial"]
+        device = next(self.model.parameters()).device
+        self.masks = Masks({name: mask.to(device) for name, mask in state["masks"].items()})
+        self.initial = state["initial"]
         self.levels, self.position = state["levels"], state["position"]
 
 

@@ -7,14 +7,13 @@ verified or falsified that float64 has not confirmed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from math import log
 
 import torch
 from torch import Tensor, nn
 
-from certified_pruning.chain import ChainNet
+from certified_pruning.chain import ChainNet, full_precision
 from certified_pruning.ibp import channel_stats, check_box, input_box, margin_spec
 from certified_pruning.stages import Group, Setting
 from certified_pruning.verdicts import ImageVerdict, VerifyConfig, VerifyReport
@@ -92,7 +91,7 @@ class CompleteVerifier:
         lower, upper = self._raw_box(raw)
         verdicts = [ImageVerdict() for _ in range(len(x))]
         images = torch.arange(len(x), device=raw.device)
-        with _full_precision():
+        with full_precision():
             for part in images.split(self.setting.config.max_images) if len(x) else ():
                 before, total = int(part[0]), len(x)
 
@@ -130,14 +129,3 @@ def _unit(net: ChainNet) -> float:
     rows = net.affines[-1].transposed(torch.eye(net.n_out, dtype=net.dtype, device=net.device))
     rms = float(rows.square().mean().sqrt())
     return 64.0 ** round(log(rms, 64)) if rms > 0 else 1.0
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32 inside; the caller's setting comes back."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

@@ -25,8 +25,8 @@ def has_windows(head: ChainNet) -> bool:
     """Whether all maps of the chain are single convolutions and the window on the input is smaller than the input."""
     size = (1, 1)
     for affine in reversed(head.affines):
-        if len(affine.ops) != 1 or not isinstance(affine.ops[0], Conv):
-            return False
+        if len(affine.ops) != 1 or not isinstance(affine.ops[0], Conv) or len(affine.out_shape) != 3:
+            return False  # a map that is flattened before its ReLU has no windows either
         size = _grow(affine.ops[0], size)
     return size[0] * size[1] < head.input_shape[1] * head.input_shape[2]
 

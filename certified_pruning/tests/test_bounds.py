@@ -214,6 +214,19 @@ def test_windows_give_the_bounds_of_whole_maps(seed: int, monkeypatch: pytest.Mo
     assert (whole[2][1] - whole[2][0]).sum() < 0.9 * sum((u - l).sum() for l, u in loose)  # noqa: E741
 
 
+def test_a_map_that_is_flattened_before_its_relu_is_bounded_like_one_that_is_not() -> None:
+    torch.manual_seed(0)
+    conv, more, linear = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 2, 3), nn.Linear(288, 4)
+    before = nn.Sequential(conv, nn.ReLU(), more, nn.Flatten(), nn.ReLU(), linear).eval()
+    after = nn.Sequential(conv, nn.ReLU(), more, nn.ReLU(), nn.Flatten(), linear).eval()
+    box = input_box(images((1, 16, 16), 2, 0).double(), 0.1)
+    ours, theirs = (
+        crown_intermediate(ChainNet.from_module(m, (1, 16, 16), torch.float64), *box) for m in (before, after)
+    )
+    for (lower, upper), (low, high) in zip(ours, theirs, strict=True):
+        assert torch.allclose(lower, low, atol=1e-12) and torch.allclose(upper, high, atol=1e-12)
+
+
 def test_the_box_is_cut_to_the_pixel_range_and_never_loosens_the_bound() -> None:
     x = images(ODD, 4)
     x_lb, x_ub = input_box(x, 0.1)

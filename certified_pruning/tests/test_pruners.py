@@ -27,6 +27,7 @@ from certified_pruning.hydra import hydra_scores, popup_init, straight_through_m
 from certified_pruning.models import cifar_model_deep, cnn_a, cnn_s
 from certified_pruning.nrs import nrs_loss
 from certified_pruning.pruners import (
+    KINDS,
     dense_masks,
     keep_of_rate,
     keep_of_remain,
@@ -240,6 +241,23 @@ def test_hydra_keeps_exact_counts_a_layer_within_its_masks_and_leaves_the_networ
     assert not any((found[name] & ~masks[name]).any() for name in masks)
     assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in before.items())
     assert losses[-1] < 0.8 * losses[0]  # the search does search
+
+
+def test_linear_layers_are_pruned_where_they_are_asked_for_and_by_one_threshold() -> None:
+    torch.manual_seed(0)
+    net = cnn_s(1, 28, 10)
+    kinds = KINDS["conv+linear"]
+    linear = [f"{name}.weight" for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    masks = dense_masks(net, kinds)
+    assert linear and set(masks) == {*dense_masks(net), *linear}
+    kept = prune_weights(magnitude(net, kinds), masks, keep_of_rate(masks, 0.5))
+    sizes = torch.cat([net.get_parameter(name).detach().abs().flatten() for name in masks])
+    assert kept.kept == masks.total - round(0.5 * masks.total)
+    for name in masks:
+        assert torch.equal(kept[name], net.get_parameter(name).abs() > sizes.sort().values[masks.total - kept.kept - 1])
+    x, y = torch.rand(8, 1, 28, 28), torch.arange(8)
+    scores = saliency(net, lambda network: nn.functional.cross_entropy(network(x), y), kinds)
+    assert set(scores) == set(masks) and all(score.any() for score in scores.values())
 
 
 # Channels

@@ -88,6 +88,29 @@ def test_the_second_round_keeps_the_share_asked_for_and_zeros_stay_zero(method: 
         assert masks.kept == masks.total // 2 and set(masks) == {"0.weight", "3.weight"}
 
 
+def test_linear_layers_are_pruned_with_the_convolutions_where_asked_for(tmp_path: Path) -> None:
+    for method in ("imp", "random", "snip", "hydra"):
+        options = ["--prune.method", method, "--prune.prunable", "conv+linear", "--prune.rate", 0.5]
+        train(config(*options), tmp_path / method, quiet)
+        _, sparse = tickets(tmp_path / method)
+        masks = Masks(sparse["masks"])
+        assert {"0.weight", "3.weight"} < set(masks) and all(name.endswith(".weight") for name in masks)
+        assert all(mask.sum() > 0 for mask in masks.values()) and abs(masks.density - 0.5) < 1e-3
+        assert all(not sparse["model"][name][~mask].any() for name, mask in masks.items())
+
+
+def test_snip_and_taylor_which_are_one_criterion_score_batches_of_their_own(tmp_path: Path) -> None:
+    kept = []
+    for method in ("snip", "taylor", "taylor"):
+        train(config("--prune.method", method), tmp_path / str(len(kept)), quiet)
+        first, sparse = tickets(tmp_path / str(len(kept)))
+        kept.append((first["model"], sparse["masks"]))
+    (before, snip), (same, taylor), (_, again) = kept
+    assert_equal(before, same)
+    assert any(not torch.equal(snip[name], taylor[name]) for name in snip)
+    assert_equal(taylor, again)
+
+
 def test_one_shot_pruning_masks_the_initial_weights_before_the_only_training(tmp_path: Path) -> None:
     options = ["--prune.method", "taylor", "--prune.rounds", 1, "--prune.at_init", "true", "--prune.rate", 0.9]
     before, (ticket,) = watched(*options, folder=tmp_path / "run")

@@ -250,6 +250,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path: Path) -> None:
         (["--train.epoch", "3"], "unknown key 'train.epoch'; did you mean 'train.epochs'?"),
         (["--prune.rate", "1.5"], "prune.rate must be in (0, 1), got 1.5"),
         (["--model.name", "resnet"], "model.name must be one of"),
+        (["--prune.method", "slim", "--prune.prunable", "conv+linear"], "prune.prunable must be conv with method slim"),
     ],
 )
 def test_a_wrong_option_ends_in_one_line_before_anything_is_written(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from certified_pruning import eval as evaluation
 from certified_pruning import problem
 from certified_pruning.attack import pgd_attack
 from certified_pruning.bench import SHAPE as BENCH_SHAPE
@@ -17,11 +18,14 @@ from certified_pruning.chain import ChainNet
 from certified_pruning.crown import crown_intermediate
 from certified_pruning.frontier import Domains, Frontier
 from certified_pruning.ibp import input_box
+from certified_pruning.models import cnn_s
 from certified_pruning.problem import Problem
+from certified_pruning.settings import Config
 from certified_pruning.stages import outward
 from certified_pruning.tests.nets import BOUNDS, bounds_net, images, mlp, odd_net, reference, small_conv, worked_net
 from certified_pruning.verdicts import VerifyConfig, VerifyReport
 from certified_pruning.verifier import CompleteVerifier
+from common.data import ImageSet
 
 torch.set_num_threads(1)
 SHAPE = (1, 6, 5)
@@ -318,6 +322,41 @@ def test_rounding_of_one_layer_is_not_lost_in_the_next(weight: float, x0: float,
         assert bool((first > second).all()) == (margin == 0.1)
         report = CompleteVerifier(net(*setting), (1,), 1 / weight, 2, VerifyConfig()).verify(x, y)
         assert set(statuses(report)) <= allowed
+
+
+def test_every_bound_is_computed_without_tf32_and_the_setting_of_the_caller_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def tf32() -> bool:
+        return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+
+    def watch(name: str) -> None:
+        ours = getattr(evaluation, name)
+
+        def watching(*args: object, **options: object) -> object:
+            seen.append((name, tf32()))
+            return ours(*args, **options)
+
+        monkeypatch.setattr(evaluation, name, watching)
+
+    for name in ("ibp", "crown_intermediate"):
+        watch(name)
+    config, net = Config(), cnn_s(1, 28, 10).eval()
+    data = ImageSet(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.tensor([0, 1]), 10)
+    net[0].register_forward_hook(lambda *_: seen.append(("the chain's own check", tf32())))
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        ChainNet.from_module(net, (1, 28, 28))
+        evaluation.stability(net, torch.rand(2, 1, 28, 28), config)
+        evaluation.ibp_verified(net, data, config)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    check = ("the chain's own check", False)
+    assert seen == [check, check, ("crown_intermediate", False), check, ("ibp", False)]
 
 
 def test_same_seed_gives_the_same_verdicts_nodes_and_witnesses() -> None:
