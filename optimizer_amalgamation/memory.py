@@ -24,6 +24,7 @@ from optimizer_amalgamation.unroll import unroll
 
 BATCH = 32
 PROCESS = Path("/proc") / "self"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 Work = Callable[..., Any]
 
 
@@ -83,12 +84,18 @@ def plain_step(name: str, steps: int, teachers: int, replicates: int = 1) -> Cal
 
 def _measured(pipe: Connection, work: Work, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    library = ctypes.CDLL(None)
+    if hasattr(
+        library, "mallopt"
+    ):  # glibc: what is freed goes back to the system at once, else the peak is that of its
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):  # caches, which differs by a quarter between equal runs
+            library.mallopt(option, 1 << 16)
     name, _, *rest = arguments
     work(name, 2, *rest)()
     step = work(*arguments)
     gc.collect()
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):  # what is free is given back, or a part of the need would not be seen
-        ctypes.CDLL(None).malloc_trim(0)
+    if hasattr(library, "malloc_trim"):  # what is free is given back, or a part of the need would not be seen
+        library.malloc_trim(0)
     before = _peak(reset=True)
     step()
     pipe.send(_peak() - before)
