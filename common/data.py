@@ -7,6 +7,7 @@ data-parallel run take slices of the same global batch.
 import contextlib
 import fcntl
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -60,9 +61,13 @@ class DataConfig:
     repeats: int = 1
     """an image is drawn this often in one epoch, which then holds that many times fewer images"""
     auto_augment: str = ""
-    """imagefolder: timm's name of a policy, rand-m9-mstd0.5-inc1 for instance; empty: colour jitter of 0.4"""
+    """imagefolder: timm's name of a policy, rand-m9-mstd0.5-inc1 for instance; empty: color_jitter"""
+    color_jitter: float = 0.4
+    """imagefolder: strength of the random changes of brightness, contrast and saturation, without auto_augment"""
     size: int = 224
     """imagefolder: side of the square images"""
+    crop_pct: float = 0.875
+    """imagefolder: what is evaluated is the centre of the image, this part of its shorter side"""
     workers: int = 4
     """imagefolder: loading processes"""
 
@@ -74,6 +79,8 @@ class DataConfig:
         require(self.repeats >= 1, "data.repeats", self.repeats, "at least 1")
         files = self.name == "imagefolder"
         require(files or not self.auto_augment, "data.auto_augment", self.auto_augment, "empty but for imagefolder")
+        require(0 <= self.color_jitter < math.inf, "data.color_jitter", self.color_jitter, "at least 0")
+        require(0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "in (0, 1]")
         require(self.size > 0, "data.size", self.size, "at least 1")
         require(self.workers >= 1, "data.workers", self.workers, "at least 1")
         require(len(set(self.classes)) == len(self.classes), "data.classes", self.classes, "without repetition")
@@ -267,6 +274,8 @@ def _transform(config: DataConfig, training: bool) -> Callable[[Any], Tensor]:
             (3, config.size, config.size),
             is_training=training,
             auto_augment=config.auto_augment or None,
+            color_jitter=config.color_jitter,
+            crop_pct=config.crop_pct,
             interpolation="bicubic",
             normalize=False,
         )

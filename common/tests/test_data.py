@@ -7,6 +7,7 @@ import random
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -799,6 +800,32 @@ def test_randaugment_changes_the_training_images_alone(whole_folder: Path) -> No
     pairs = zip(stream(whole_folder, 2), stream(whole_folder, 2, auto_augment=RANDAUGMENT), strict=True)
     assert not any(torch.equal(a[0], b[0]) for a, b in pairs)
     assert equal(list(in_order(load(plain).test, 2)), list(in_order(load(augmented).test, 2)))
+
+
+def test_without_colour_jitter_grey_images_keep_their_one_value(folder: Path) -> None:
+    for path in (folder / "train").rglob("*.png"):
+        Image.fromarray(np.full((12, 10, 3), 99, np.uint8)).save(path)
+    plain = replace(images_in(folder), color_jitter=0.0)
+    values = [
+        {
+            int(value)
+            for images, _ in take(2, batches(load(config).train, 4, config, seed=0))
+            for value in images.unique()
+        }
+        for config in (plain, images_in(folder))
+    ]
+    assert values[0] == {99} and len(values[1]) > 1
+
+
+@pytest.mark.parametrize(("share", "sides"), [(1.0, 4), (0.5, 0)])
+def test_the_part_of_an_image_that_is_evaluated_is_the_one_asked_for(folder: Path, share: float, sides: int) -> None:
+    framed = np.zeros((64, 64, 3), np.uint8)
+    framed[:8], framed[-8:], framed[:, :8], framed[:, -8:] = 255, 255, 255, 255
+    for path in (folder / "val").rglob("*.png"):
+        Image.fromarray(framed).save(path)
+    ((images, _),) = in_order(load(replace(images_in(folder), crop_pct=share)).test, 8)
+    edges = [images[0, 0, 0], images[0, 0, -1], images[0, 0, :, 0], images[0, 0, :, -1]]
+    assert sum(bool(edge.float().mean() > 200) for edge in edges) == sides
 
 
 @pytest.mark.parametrize("policy", ["rand-x9", "randomly", "v9"])
