@@ -141,7 +141,8 @@ def _work_off(
     """Run the cells without rows; returns the seconds of all sittings."""
     todo = [(cell, home) for cell, home in zip(cells, homes, strict=True) if not _rows_of(home).exists()]
     clock, started = folder / "seconds.json", time.monotonic()
-    before = read_json(clock) if clock.exists() and len(todo) < len(cells) else 0.0
+    begun = any(home.exists() or _rows_of(home).exists() for home in homes)
+    before = read_json(clock) if clock.exists() and begun else 0.0
     seconds = before
     backend = _on_ray if config.backend == "ray" else _in_processes
     look = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} [{elapsed}<{remaining}]"
