@@ -108,11 +108,9 @@ def test_saving_by_skips_is_judged_by_seeds_with_a_block_left() -> None:
 def test_figures_show_every_arm() -> None:
     figures = draw(world())
     assert set(figures) == {"accuracy", "plans", "search"}
-    for panel in figures["accuracy"].axes:
-        assert (
-            len(panel.lines) == len({arm for arm, _ in WORLD})
-            and sum(len(line.get_xdata()) for line in panel.lines) == 52
-        )
+    for panel, points in zip(figures["accuracy"].axes, (48, 52, 52), strict=True):  # before stage 2 start is random
+        assert len(panel.lines) == len({arm for arm, _ in WORLD})
+        assert sum(len(line.get_xdata()) for line in panel.lines) == points
     plans = figures["plans"].axes[0]
     assert len(plans.get_yticklabels()) == 11 and plans.images[0].get_array().shape == (11, 2)
     assert len(figures["search"].axes[1].lines) == 8  # two arms, four seeds
