@@ -6,8 +6,6 @@ folded into the affine map before it, in float64, and only then cast. (Spec c.1;
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from certified_pruning.affine import Affine, Conv, Dense, Pair, Scale, Shape
 from certified_pruning.errors import UnsupportedLayerError
+from certified_pruning.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -235,17 +234,6 @@ def _f64(t: Tensor) -> Tensor:
 
 def _pair(value: int | Shape) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32 inside: bounds are widened by the rounding of float32. The caller's setting comes back."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
 @full_precision()

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certified_pruning.chain import ChainNet, full_precision
+from certified_pruning.chain import ChainNet
 from certified_pruning.compress import compress_channels
 from certified_pruning.crown import crown_intermediate
 from certified_pruning.ibp import ibp, input_box, margin_spec
+from certified_pruning.precision import full_precision
 from certified_pruning.settings import Config
 from certified_pruning.train import network
 from certified_pruning.verdicts import VerifyReport

@@ -13,8 +13,9 @@ from math import log
 import torch
 from torch import Tensor, nn
 
-from certified_pruning.chain import ChainNet, full_precision
+from certified_pruning.chain import ChainNet
 from certified_pruning.ibp import channel_stats, check_box, input_box, margin_spec
+from certified_pruning.precision import full_precision
 from certified_pruning.stages import Group, Setting
 from certified_pruning.verdicts import ImageVerdict, VerifyConfig, VerifyReport
 

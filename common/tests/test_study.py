@@ -121,6 +121,15 @@ def test_a_longer_study_runs_the_new_cells_alone_and_adds_up_the_seconds(tmp_pat
     assert longer.seconds > first.seconds > 0
 
 
+def test_the_seconds_of_a_sitting_that_finished_no_cell_count(tmp_path: Path) -> None:
+    run(tmp_path, cells("a"))
+    (rows,), (clock,) = list(tmp_path.rglob("*.rows.json")), list(tmp_path.rglob("seconds.json"))
+    rows.unlink()
+    rows.with_name(rows.name.removesuffix(".rows.json")).mkdir(exist_ok=True)  # where the cell began
+    clock.write_text("1000.0")
+    assert run(tmp_path, cells("a")).seconds > 1000
+
+
 def test_with_another_identity_a_cell_is_another_cell(tmp_path: Path) -> None:
     for identity in ("lr: 0.1", "lr: 0.2", "lr: 0.1"):
         run(tmp_path, cells("a"), identity)
