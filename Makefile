@@ -30,8 +30,9 @@ setup: .venv/ready  ## build .venv with everything pinned in constraints.txt
 	  $(PYTHON) -c 'import sys; sys.exit((3, 11) > sys.version_info[:2] or sys.version_info[:2] > (3, 13))' || \
 	    { echo "error: PYTHON must be Python 3.11 to 3.13, got $(PYTHON)"; exit 2; }; \
 	  echo "building .venv (once, a few minutes) ..."; $(PYTHON) -m venv --clear .venv && touch .venv/made; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps auto_LiRPA
+	@quiet=$$(test -t 1 || echo --quiet); \
+	  $(BIN)/python -m pip install $$quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' && \
+	  $(BIN)/python -m pip install $$quiet --disable-pip-version-check --constraint constraints.txt --no-deps auto_LiRPA
 	@touch $@
 
 $(PAPERS:%=reproduce-%): reproduce-%: .venv/ready  ## reproduce one paper: runs, judged claims, report

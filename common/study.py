@@ -146,10 +146,11 @@ def _work_off(
     seconds = before
     backend = _on_ray if config.backend == "ray" else _in_processes
     look = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} [{elapsed}<{remaining}]"
-    with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="cells", mininterval=1, bar_format=look) as bar:
+    known = len(cells) - len(todo)
+    with tqdm(total=len(cells), initial=known, desc="cells", mininterval=1, smoothing=0.05, bar_format=look) as bar:
         try:
             for finished in backend(todo, run_cell, config.workers):
-                bar.update(len(cells) - len(todo) + finished - bar.n)
+                bar.update(known + finished - bar.n)
                 seconds = before + time.monotonic() - started
                 write_json(clock, seconds)
         except KeyboardInterrupt:
