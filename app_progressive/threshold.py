@@ -3,8 +3,9 @@
 k = int((1 - d) N) weights go. The k-th smallest score is found by bracketing it, neither sorted nor fully partitioned.
 """
 
+import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 SCOPES = ("global", "local")
 TIES = ("rank", "threshold")
 UPDATES = ("nested", "intersect", "replace")
-LARGE, SAMPLE = 1 << 17, 1 << 14  # from this many values on the order statistic is bracketed by this many
+LARGE, STRIDE = 1 << 17, 61  # from this many values on the order statistic is bracketed by a sample of every 61st
+BLOCK = 1 << 16  # values looked at together
 
 
 def pruned_count(density: float, total: int) -> int:
@@ -82,44 +84,57 @@ def _previous(scores: Mapping[str, Tensor], prev: Mapping[str, Tensor] | None) -
 
 def _keep(scores: list[Tensor], density: float, ties: str, alive: list[Tensor] | None) -> list[Tensor] | None:
     """Masks without the k lowest, dead ones first; None where none is to go, because k < 1 or as many are dead."""
-    flat = torch.cat([score.detach().reshape(-1) for score in scores])
-    least, most = flat.aminmax()
+    dtype = functools.reduce(torch.promote_types, [score.dtype for score in scores])
+    flat = [score.detach().reshape(-1).to(dtype) for score in scores]
+    least, most = torch.stack([bound for part in flat if len(part) for bound in part.aminmax()]).aminmax()
     if not (least.isfinite() and most.isfinite()):
         raise ValueError("scores must be finite, got NaN or Inf")
     if least == most == 0:
         warnings.warn("all scores are zero: the first weights are dropped", stacklevel=3)
-    k = pruned_count(density, len(flat))
-    dead = 0
+    total = sum(len(part) for part in flat)
+    k, dead = pruned_count(density, total), 0
     if alive is not None:
-        mask = torch.cat([part.reshape(-1) for part in alive])
-        dead = len(flat) - int(torch.count_nonzero(mask))
-        flat.masked_fill_(mask.logical_not_(), -torch.inf)
+        masks = [mask.reshape(-1) for mask in alive]
+        dead = total - _count(masks)
+        flat = [torch.where(mask, part, -torch.inf) for mask, part in zip(masks, flat, strict=True)]
     if k <= dead:
         return None
     cut = kth_smallest(flat, k)
-    kept = flat > cut
-    missing = len(flat) - k - int(torch.count_nonzero(kept))
+    kept = [part > cut for part in flat]
+    missing = total - k - _count(kept)
     if ties == "rank" and missing:
-        equal = (flat == cut).nonzero().squeeze(1)
-        kept[equal[len(equal) - missing :]] = True
-    return [part.view(score.shape) for part, score in zip(kept.split([s.numel() for s in scores]), scores, strict=True)]
+        for part, mask in zip(reversed(flat), reversed(kept), strict=True):
+            equal = (part == cut).nonzero().squeeze(1)
+            mask[equal[max(len(equal) - missing, 0) :]] = True
+            missing -= min(missing, len(equal))
+    return [mask.view(score.shape) for mask, score in zip(kept, scores, strict=True)]
 
 
-def kth_smallest(values: Tensor, k: int) -> float:
-    """The k-th smallest (k = 1 is the least) of a flat float tensor, exactly (Floyd & Rivest 1975).
+def _count(masks: Sequence[Tensor]) -> int:
+    """How many are True, with one synchronisation."""
+    return int(torch.stack([torch.count_nonzero(mask) for mask in masks]).sum())
 
-    On the CPU a sorted sample brackets it: counting settles whether it does, and only what lies in the bracket is
-    searched.
+
+def kth_smallest(values: Sequence[Tensor], k: int) -> float:
+    """The k-th smallest (k = 1 is the least) of flat float tensors of one type together, exactly (Floyd & Rivest 1975).
+
+    On the CPU a sorted sample brackets it, and nothing is concatenated: block by block, within the cache, counting
+    settles whether it does, and what lies in the bracket is laid aside to be searched.
     """
-    if len(values) < LARGE or values.device.type != "cpu" or values.dtype == torch.bfloat16:
-        return values.kthvalue(k).values.item()
-    numbers = values.numpy()
-    sample = np.sort(numbers[:: len(numbers) // SAMPLE])
-    place, margin = k * len(sample) // len(numbers), 2 * int(len(sample) ** 0.5)
+    total = sum(len(part) for part in values)
+    if total < LARGE or values[0].device.type != "cpu" or values[0].dtype == torch.bfloat16:
+        return torch.cat(list(values)).kthvalue(k).values.item()
+    numbers = [part.numpy() for part in values]
+    sample = np.sort(np.concatenate([part[::STRIDE] for part in numbers]))
+    place, margin = k * len(sample) // total, 2 * int(len(sample) ** 0.5)
     low, high = sample[max(place - margin, 0)], sample[min(place + margin, len(sample) - 1)]
-    above = numbers >= low
-    rank = k - len(numbers) + int(np.count_nonzero(above))
-    bracket = numbers[np.flatnonzero(above & (numbers <= high))]
-    if not 1 <= rank <= len(bracket):
+    rank, bracket = k, []
+    for part in numbers:
+        for start in range(0, len(part), BLOCK):
+            block = part[start : start + BLOCK]
+            above = block >= low
+            rank -= len(block) - int(np.count_nonzero(above))
+            bracket.append(block[np.flatnonzero(above & (block <= high))])
+    if not 1 <= rank <= sum(len(part) for part in bracket):
         bracket, rank = numbers, k
-    return float(np.partition(bracket, rank - 1)[rank - 1])
+    return float(np.partition(np.concatenate(bracket), rank - 1)[rank - 1])

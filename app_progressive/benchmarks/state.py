@@ -48,7 +48,7 @@ def selection() -> list[Ratio]:
     for total in (200_000, 2_000_000):
         scores = {str(i): torch.randn(total // 10, generator=torch.Generator().manual_seed(i)) ** 2 for i in range(10)}
         flat, k = torch.cat(list(scores.values())), int(0.6336 * total)
-        assert kth_smallest(flat, k) == flat.kthvalue(k).values.item()
+        assert kth_smallest([flat], k) == flat.kthvalue(k).values.item()
 
         def plain(scores: dict[str, Tensor] = scores, k: int = k) -> dict[str, Tensor]:
             cut = torch.cat([score.flatten() for score in scores.values()]).kthvalue(k).values
@@ -59,7 +59,7 @@ def selection() -> list[Ratio]:
         update = faster(plain, lambda scores=scores, density=density: threshold(scores, density))
         order = faster(
             lambda scores=scores, k=k: torch.cat(list(scores.values())).kthvalue(k),
-            lambda scores=scores, k=k: kth_smallest(torch.cat(list(scores.values())), k),
+            lambda scores=scores, k=k: kth_smallest(list(scores.values()), k),
         )
         least = LEAST_SELECTION if total == 2_000_000 else None
         found += [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from app_progressive import threshold
 from app_progressive.tests.nets import arrays, convs, facts
-from app_progressive.threshold import kth_smallest, pruned_count
+from app_progressive.threshold import STRIDE, kth_smallest, pruned_count
 
 
 def pair(seed: int = 0, values: int = 0) -> dict[str, Tensor]:
@@ -118,14 +118,35 @@ def test_the_order_statistic_is_exact_among_many(kind: str) -> None:
     elif kind == "one value":
         values = torch.ones(200_000)
     for k in (1, 2, 100, 66_667, 100_000, 199_999, 200_000):
-        assert kth_smallest(values, k) == values.kthvalue(k).values.item()
+        for parts in ([values], values.split([3, 70_000, 1, 129_996])):
+            assert kth_smallest(parts, k) == values.kthvalue(k).values.item()
 
 
 def test_a_sample_that_misleads_changes_nothing() -> None:
     values = torch.rand(1 << 18, generator=torch.Generator().manual_seed(0))
-    values[:: len(values) // (1 << 14)] += 5  # all that is sampled lies above the rest
+    values[::STRIDE] += 5  # all that is sampled lies above the rest
     for k in (1, 1000, 200_000):
-        assert kth_smallest(values, k) == values.kthvalue(k).values.item()
+        assert kth_smallest([values], k) == values.kthvalue(k).values.item()
+
+
+def test_large_tensors_with_ties_and_dead_weights_are_those_of_a_stable_sort() -> None:
+    scores = torch.rand(200_000, generator=torch.Generator().manual_seed(0)).mul(50).round()
+    alive = torch.rand(200_000, generator=torch.Generator().manual_seed(1)) < 0.7
+    rank = torch.where(alive, scores, -1.0).sort(stable=True).indices
+    expected = torch.ones(200_000, dtype=torch.bool).index_fill(0, rank[: pruned_count(0.4, 200_000)], False)
+    sizes = [7, 150_000, 0, 49_993]
+    masks = threshold(
+        {str(i): part for i, part in enumerate(scores.split(sizes))},
+        0.4,
+        prev={str(i): part for i, part in enumerate(alive.split(sizes))},
+    )
+    assert torch.equal(torch.cat(list(masks.values())), expected)
+
+
+def test_scores_of_several_types_are_ranked_in_the_widest() -> None:
+    half = torch.tensor([1.0078125, 0.5], dtype=torch.bfloat16)  # the former is what 1.005 rounds to in this type
+    masks = threshold({"half": half, "single": torch.tensor([1.005, 2.0, 0.1])}, 0.4)
+    assert torch.cat(list(masks.values())).tolist() == [True, False, False, True, False]
 
 
 def test_all_zero_scores_warn_and_count_right() -> None:  # 19
