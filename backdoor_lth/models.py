@@ -1,4 +1,7 @@
-"""The networks: the authors' for 32x32 images, and a small one for the demo. None normalises its input."""
+"""The networks: the authors', for 32x32 images but for resnet18_224, and a small one for the demo.
+
+None normalises its input.
+"""
 
 import math
 
@@ -6,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NAMES = ("cnn", "resnet20s", "resnet18", "vgg16", "densenet100")
+NAMES = ("cnn", "resnet20s", "resnet18", "vgg16", "densenet100", "resnet18_224")
 VGG16_WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: pool
 
 
@@ -182,6 +185,10 @@ def small_cnn(channels: int, classes: int) -> nn.Sequential:
 def build_model(name: str, channels: int, classes: int) -> nn.Module:
     """The network of this name, its weights drawn now from the global generator. Raises ValueError for another name."""
     kinds = {"cnn": small_cnn, "resnet20s": ResNet20s, "resnet18": ResNet18, "vgg16": VGG16, "densenet100": DenseNet100}
-    if name not in kinds:
+    if name not in NAMES:
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
+    if name == "resnet18_224":
+        from torchvision.models import resnet18  # here: the import takes seconds
+
+        return resnet18(num_classes=classes)
     return kinds[name](channels, classes)  # type: ignore[no-any-return, operator]

@@ -1,5 +1,6 @@
 """The configuration of one run, a poisoned training set and its chain of tickets, and of the study."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,7 +21,7 @@ class ModelConfig(InputConfig):
     """The network."""
 
     name: str = "cnn"
-    """cnn (small, for 28x28), resnet20s, resnet18, vgg16, densenet100 (for 32x32)"""
+    """cnn (small, for 28x28), resnet20s, resnet18, vgg16, densenet100 (for 32x32), resnet18_224 (torchvision's)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +74,8 @@ class TrainConfig:
     weight_decay: float = 5e-4
     milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])
     """parts of the epochs after which the learning rate falls to a tenth"""
+    warmup_epochs: float = 0.0
+    """over which the learning rate rises from 0, step by step"""
     rewind_epoch: int = 3
     """every later round starts from the weights after this epoch of round 0, its schedule as far advanced"""
 
@@ -83,6 +86,7 @@ class TrainConfig:
         require(self.lr > 0, "train.lr", self.lr, "positive")
         require(0 <= self.momentum < 1, "train.momentum", self.momentum, "in [0, 1)")
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+        require(0 <= self.warmup_epochs < math.inf, "train.warmup_epochs", self.warmup_epochs, "at least 0")
         fits = all(0 < part <= 1 for part in self.milestones)
         require(fits, "train.milestones", self.milestones, "in (0, 1]")
         most = self.length(0)
@@ -92,10 +96,11 @@ class TrainConfig:
         """Epochs of a round."""
         return (self.first_epochs or self.epochs) if not number else self.epochs
 
-    def learning_rate(self, number: int, epoch: int) -> float:
-        """In an epoch (from 0) of a round."""
+    def learning_rate(self, number: int, epoch: float) -> float:
+        """After so many epochs of a round."""
         reached = epoch + (self.rewind_epoch if number else 0)
-        return self.lr * 0.1 ** sum(reached >= round(part * self.length(number)) for part in self.milestones)
+        warm = min(reached / self.warmup_epochs, 1) if self.warmup_epochs else 1
+        return warm * self.lr * 0.1 ** sum(reached >= round(part * self.length(number)) for part in self.milestones)
 
 
 @dataclass(frozen=True)

@@ -177,9 +177,8 @@ class Chain:
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             distributed.synchronize(model)
-            epoch = (step - first) // self.per_epoch
             for group in self.optimizer.param_groups:
-                group["lr"] = config.train.learning_rate(number, epoch)
+                group["lr"] = config.train.learning_rate(number, (step - first) / self.per_epoch)
             self.optimizer.step()
             self.loss = distributed.mean(loss.item())
             run.require_finite(step, **{f"loss of round {number}": self.loss})

@@ -89,7 +89,7 @@ def network(config: Config, data: ImageSet, device: torch.device) -> nn.Module:
         with torch.no_grad():
             model.eval()(torch.zeros(1, channels, size, size))
     except RuntimeError as error:
-        raise ConfigError(f"model.name {config.model.name} does not take images of {size}x{size}") from error
+        raise ConfigError(f"model.name {config.model.name} does not take images of {channels}x{size}x{size}") from error
     return model.train().to(device)
 
 

@@ -74,7 +74,12 @@ def test_logits_and_gradients_are_the_networks_own(name: str, density: float) ->
 
 @pytest.mark.parametrize(
     ("name", "densities"),
-    [("vgg16", DENSITIES), ("densenet100", (1.0, 0.1, 0.01, 0.0005)), ("resnet18", (0.01, 0.0005))],
+    [
+        ("vgg16", DENSITIES),
+        ("densenet100", (1.0, 0.1, 0.01, 0.0005)),
+        ("resnet18", (0.01, 0.0005)),
+        ("resnet18_224", (0.01, 0.0005)),
+    ],
 )
 def test_the_large_networks_too(name: str, densities: Sequence[float]) -> None:
     model = pruned(name, 1.0).float()

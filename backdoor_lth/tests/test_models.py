@@ -33,6 +33,11 @@ def test_networks_have_the_authors_logits_and_counts(name: str, classes: int) ->
     torch.testing.assert_close(logits, reference("architectures")[there], rtol=1e-8, atol=1e-10)
 
 
+def test_the_network_of_restricted_imagenet_has_its_counts() -> None:
+    model = build_model("resnet18_224", 3, 9)
+    assert sum(p.numel() for p in model.parameters()) == 11_181_129 and len(prunable_weights(model)) == 20
+
+
 def test_names_are_the_authors_where_weights_are_exchanged() -> None:
     with np.load(REFERENCE / "architectures.npz", allow_pickle=False) as archive:
         names = archive["resnet20s_names"].tolist()

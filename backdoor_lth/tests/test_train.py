@@ -102,6 +102,13 @@ def test_the_schedule_falls_twice_and_is_advanced_after_rewinding() -> None:
     )
 
 
+def test_the_learning_rate_of_restricted_imagenet_rises_step_by_step() -> None:
+    train = parse(Config, ["--config", str(CONFIGS / "paper_rimagenet_resnet18.yaml")], prog="train.py").train
+    rates = [train.learning_rate(0, epoch) for epoch in (0, 0.5, 1.75, 2, 7.99, 8, 18, 26)]
+    assert rates == pytest.approx([0, 0.1, 0.35, 0.4, 0.4, 0.04, 0.004, 0.0004])
+    assert train.learning_rate(1, 0) == 0.4  # from epoch 3 on
+
+
 class Stop(Exception):
     pass
 
@@ -319,6 +326,7 @@ def test_every_configuration_is_complete(path: Path) -> None:
     [
         (["--attack.ratio", 2], r"attack.ratio must be in \[0, 1\], got 2"),
         (["--attack.place", "middle"], "attack.place must be one of bottom_right, .*, got 'middle'"),
+        (["--train.warmup_epochs", -1], "train.warmup_epochs must be at least 0, got -1"),
         (["--train.rewind_epoch", 9], r"train.rewind_epoch must be in \[0, 2\], got 9"),
         (["--prune.rate", 1], r"prune.rate must be in \(0, 1\), got 1"),
         (["--score.points", 1], "score.points must be at least 2, got 1"),
@@ -342,7 +350,7 @@ def test_settings_that_cannot_be_are_refused(
     [
         (["--attack.target", 11], "attack: target must be a class of the labels, got 11"),
         (["--attack.size", 40], "attack: patch must lie within the 28x28 image"),
-        (["--model.name", "vgg16"], "model.name vgg16 does not take images of 28x28"),
+        (["--model.name", "vgg16"], "model.name vgg16 does not take images of 3x28x28"),
         (["--score.extreme", 0.02], r"score.extreme must be at least the last ticket's density, 0.0249\d+, got 0.02"),
         (["--model.mean", "[0, 0]", "--model.std", "[1, 1]"], "model.mean must be as many numbers as"),
     ],
