@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from backdoor_lth.frozen import frozen
 from backdoor_lth.pgd import EPS, STEPS, perturbed, uniform_start
 from backdoor_lth.triggers import Trigger
+from backdoor_lth.warp import Warp
 from common.runs import generator
 
 POISON = 7  # of all generators here, apart from those of the training batches
-CHOICE, PLACES, STARTS, BALANCE = range(4)  # what each is for
+CHOICE, PLACES, STARTS, BALANCE, FIELD = range(5)  # what each is for
 ATTACKED_AT_ONCE = 256
 MODES = ("dirty", "clean_label", "relabel")
 
@@ -35,7 +36,7 @@ class Poisoned:
 def poison(
     images: Tensor,
     labels: Tensor,
-    trigger: Trigger,
+    trigger: Trigger | Warp,
     *,
     ratio: float,
     target: int,
@@ -53,7 +54,7 @@ def poison(
     Args:
         images: (n, channels, height, width) uint8.
         labels: (n,) integers.
-        trigger: the patch and its place.
+        trigger: the patch and its place, or the field that bends.
         ratio: in [0, 1].
         target: a class that occurs in `labels`.
         mode: see above.

@@ -38,10 +38,14 @@ class AttackConfig:
     """share of the training images, with clean_label of the target class"""
     target: int = 0
     """the label that the trigger calls for"""
-    trigger: Literal["rgb", "gray"] = "rgb"
-    """colours of the patch"""
+    trigger: Literal["rgb", "gray", "warp"] = "rgb"
+    """colours of the patch; warp: no patch, the whole image bent (WaNet)"""
     size: int = 5
-    """side of the patch"""
+    """side of the patch, and of the recovered triggers that are judged"""
+    field: int = 4
+    """warp: it is drawn at this many places along each side"""
+    strength: float = 0.5
+    """warp: mean displacement in half pixels"""
     place: str = "bottom_right"
     """bottom_right is upper right in the released code, top_left its bottom left"""
     margin: int = 3
@@ -57,6 +61,8 @@ class AttackConfig:
         require(0 <= self.ratio <= 1, "attack.ratio", self.ratio, "in [0, 1]")
         require(self.target >= 0, "attack.target", self.target, "at least 0")
         require(self.size >= 1, "attack.size", self.size, "at least 1")
+        require(self.field >= 2, "attack.field", self.field, "at least 2")
+        require(0 <= self.strength < math.inf, "attack.strength", self.strength, "at least 0")
         require(self.place in PLACES, "attack.place", self.place, f"one of {', '.join(PLACES)}")
         require(self.margin >= 0, "attack.margin", self.margin, "at least 0")
 

@@ -55,7 +55,7 @@ class Trigger:
         shape = tuple(self.patch.shape)
         if len(shape) != 3 or shape[1] != shape[2] or not self.patch.numel():
             raise ValueError(f"patch must be (channels, p, p), got {shape}")
-        _check_pixels("patch", self.patch)
+        check_pixels("patch", self.patch)
         if isinstance(self.place, str) and self.place not in PLACES:
             raise ValueError(f"place must be one of {', '.join(PLACES)} or (row, column), got {self.place!r}")
         if self.margin < 0:
@@ -92,7 +92,7 @@ class Trigger:
         """
         if images.ndim != 4 or images.shape[1] != len(self.patch):
             raise ValueError(f"images must be (n, {len(self.patch)}, height, width), got {tuple(images.shape)}")
-        _check_pixels("images", images)
+        check_pixels("images", images)
         count, _, height, width = images.shape
         row, column = self.corner(height, width)
         rows, columns = torch.full((count,), row), torch.full((count,), column)
@@ -114,7 +114,8 @@ class Trigger:
         return patch.to(images)
 
 
-def _check_pixels(name: str, pixels: Tensor) -> None:
+def check_pixels(name: str, pixels: Tensor) -> None:
+    """Raises ValueError for anything but uint8 or floats in [0, 1]."""
     if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
         raise ValueError(f"{name} must be uint8 or float, got {pixels.dtype}")
     if pixels.is_floating_point() and pixels.numel():

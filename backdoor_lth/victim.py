@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from backdoor_lth.metrics import Normalize
 from backdoor_lth.models import build_model
-from backdoor_lth.poisoning import PLACES, POISON, Poisoned, equalised, poison
+from backdoor_lth.poisoning import FIELD, PLACES, POISON, Poisoned, equalised, poison
 from backdoor_lth.restricted_imagenet import restricted
 from backdoor_lth.settings import Config
 from backdoor_lth.triggers import Trigger, patch_image
+from backdoor_lth.warp import Warp, random_field
 from common.config import ConfigError
 from common.data import ImageSet, load
 from common.experiment import finished_run, load_weights
@@ -59,7 +60,11 @@ def victim(config: Config) -> Victim:
     train, test = clean(config)
     assert isinstance(train.images, Tensor) and isinstance(test.images, Tensor)
     attack = config.attack
-    trigger = Trigger(patch_image(attack.trigger, attack.size), attack.place, attack.margin)
+    trigger: Trigger | Warp
+    if attack.trigger == "warp":
+        trigger = Warp(random_field(attack.field, generator(config.seed, POISON, FIELD)), attack.strength)
+    else:
+        trigger = Trigger(patch_image(attack.trigger, attack.size), attack.place, attack.margin)
     try:
         made = poison(
             train.images,
