@@ -63,6 +63,11 @@ class MetaTraining:
         """Whether all replicates are."""
         return all(one.schedule.finished for one in self.replicates)
 
+    @property
+    def fraction(self) -> float:
+        """Of all work that is done, as `Schedule.fraction`."""
+        return sum(one.schedule.fraction for one in self.replicates) / len(self.replicates)
+
     def episode(self) -> dict[str, float]:
         """One episode of the replicates whose turn it is: training's mean losses, or those of a validation."""
         group = self._group()

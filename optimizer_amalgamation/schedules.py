@@ -98,6 +98,28 @@ class Schedule:
             _at(options.validation_depths, place),
         )
 
+    @property
+    def fraction(self) -> float:
+        """Of the unrolls of training and validation that is done, if nothing is repeated or becomes better any more."""
+        if self.finished:
+            return 1.0
+        options, periods = self.options, self.options.periods
+        if options.kind == "repeat":
+            place, within, places = self.period, 0.0, periods
+        else:
+            last = max(periods, self._best() + options.chances)
+            place, within, places = self.stage, self.period / (last + 1), len(options.depths)
+        costs = [
+            options.episodes * _at(options.depths, at)
+            + options.validation_episodes * _at(options.validation_depths, at)
+            for at in range(places)
+        ]
+        return (sum(costs[:place]) + within * costs[place]) / sum(costs)
+
+    def _best(self) -> int:
+        """Of the stage's periods so far the one with the least validation."""
+        return min(range(len(self.validations)), key=lambda period: min(self.validations[period], default=math.inf))
+
     def name(self, period: int, repeat: int) -> str:
         """Of a checkpoint of the present stage."""
         stage = f"stage_{self.stage}." if self.options.kind == "curriculum" else "period_"
@@ -123,7 +145,7 @@ class Schedule:
         if again := self._repeats(training):
             self.repeat += 1
             return [*events, ("load", again)]
-        best = min(range(len(self.validations)), key=lambda period: min(self.validations[period]))
+        best = self._best()
         if self.options.kind == "repeat":
             self.finished = self.period + 1 >= self.options.periods
         elif self.period >= self.options.periods and self.period - best >= self.options.chances:

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.config import command, require
 from common.data import load
-from common.experiment import device, finished_run, train_command
+from common.experiment import device, finished_run, progress_bar, train_command
 from common.runs import CheckpointError, Run, load_checkpoint, read_json, save_checkpoint
 from optimizer_amalgamation.choice import ChoiceRule
 from optimizer_amalgamation.episode import Trained
@@ -46,13 +46,19 @@ def train(config: Config, folder: Path, progress: Progress | None = None) -> dic
         folder: the run's.
         progress: called with the finished fraction instead of drawing a progress bar.
     """
+    if progress is None:
+        with progress_bar("meta-training") as bar:
+            return train(config, folder, bar)
     problem = raced_problem(config, config.problem.name)
     rule = make_rule(config.method)
     teaching = _teaching(config, Context.of(problem.shapes, problem.inputs))
-    least = config.schedule.least_episodes()
-    shown = None if progress is None else lambda fraction: progress(min(fraction, 1.0))
-    options = {"checkpoint_every": config.run.checkpoint_every, "progress": shown}
-    run = Run(folder, config, total_steps=least, **options)  # type: ignore[arg-type]
+    run = Run(
+        folder,
+        config,
+        total_steps=config.schedule.least_episodes(),
+        checkpoint_every=config.run.checkpoint_every,
+        progress=lambda _: progress(training.fraction),
+    )
     if run.finished:
         return read_json(folder / "done.json")
     with run:

@@ -105,6 +105,27 @@ def test_the_least_number_of_episodes_is_counted() -> None:
     assert schedule.finished and len(rows) * 20 == ScheduleConfig().least_episodes()
 
 
+def test_the_fraction_counts_unrolls_and_reaches_one() -> None:
+    options = ScheduleConfig(
+        depths=[1, 3], validation_depths=[2, 6], episodes=2, validation_episodes=1, periods=1, chances=1
+    )
+    schedule, found = Schedule(options), [0.0]  # a period of 4 and one of 12 unrolls, two of each at least
+    for _ in range(4):
+        schedule.record(-1.0, -1.0)
+        found.append(schedule.fraction)
+    assert found == [0, 2 / 16, 4 / 16, 10 / 16, 1]
+    schedule = Schedule(options)
+    schedule.record(-1.0, -1.0)
+    schedule.record(-1.0, -2.0)  # better: the stage has a third period
+    assert schedule.stage == 0 and schedule.fraction == pytest.approx(4 / 16 * 2 / 3)
+    schedule, found = Schedule(REPEAT), []
+    while not schedule.finished:
+        found.append(schedule.fraction)
+        schedule.record(-1.0, -1.0)
+    costs = [10 * depth + 1 * 10 for depth in (1, 2, 5, 5, 5)]
+    assert found == pytest.approx([sum(costs[:place]) / sum(costs) for place in range(5)])
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

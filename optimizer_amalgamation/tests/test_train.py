@@ -129,6 +129,12 @@ def test_a_run_killed_again_and_again_equals_an_undisturbed_one_bit_for_bit(tmp_
     assert children.tree(folder, PARTS) == children.tree(whole, PARTS) and len(children.tree(folder, PARTS)) == 3
 
 
+def test_the_time_left_is_told_by_the_schedule(tmp_path: Path) -> None:
+    told: list[float] = []
+    train(config(), tmp_path / "run", told.append)
+    assert told[0] == 0 < told[-2] < told[-1] == 1 and told == sorted(told)
+
+
 def test_processes_share_the_replicates(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
