@@ -123,7 +123,7 @@ def lirpa_margins(
             slopes of the last bound optimised, for ReLUs (Heaviside layers stay at the CROWN bound).
         steps: of alpha-crown; None: those given to `bounded`, or 100.
         pre: bounds of the ReLU inputs to use instead of the library's own, in its order of ReLUs.
-        repaired: False leaves alpha-crown as released: on current torch it then equals crown.
+        repaired: False leaves alpha-crown as released: on torch 2.14 it then equals crown, on 2.9 not.
 
     Raises:
         ValueError: an unknown method, steps < 0, train mode, shapes that do not fit, x_lb > x_ub, NaN or Inf; see
