@@ -84,11 +84,21 @@ def symbolic_regression(
         values = predict(expr, inputs)
         if not bool(torch.isfinite(values).all()):
             continue
-        design = torch.stack([values, torch.ones_like(values)], 1)
-        scale, shift = torch.linalg.lstsq(design, target).solution.tolist()
+        scale, shift = line_fit(values, target)
         full = fold(("add", ("mul", scale, expr), shift), {})
         found.append(Candidate(full, 1 - float(((target - predict(full, inputs)) ** 2).sum()) / total))
     return sorted(found, key=lambda candidate: (candidate.complexity, -candidate.r2))
+
+
+def line_fit(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Scale and shift of the least squares line through (N,) points; scale 0 where x is constant to rounding.
+
+    Written out: LAPACK's solver rounds by where its arrays lie in memory, so that two searches would differ.
+    """
+    centred = x - x.mean()
+    constant = centred.norm() <= len(x) * torch.finfo(x.dtype).eps * x.norm()
+    scale = 0.0 if constant else float((centred * (y - y.mean())).sum() / centred.square().sum())
+    return scale, float(y.mean()) - scale * float(x.mean())
 
 
 def knee(candidates: Sequence[Candidate], scores: Iterable[float]) -> Candidate:

@@ -11,7 +11,7 @@ import torch
 from symbolic_l2o import SymbolicOptimizer, SymbolicRule, collect, distill
 from symbolic_l2o.distill import _rule, fidelity, resting
 from symbolic_l2o.records import SRData, draw_starts, extract_windows, window_count
-from symbolic_l2o.regression import Candidate, Search, knee, predict, symbolic_regression
+from symbolic_l2o.regression import Candidate, Search, knee, line_fit, predict, symbolic_regression
 from symbolic_l2o.rule import fir_rule, pole_rule
 from symbolic_l2o.teachers import LSTMTeacher
 from symbolic_l2o.template import fit_fir, fit_pole
@@ -114,6 +114,16 @@ def test_operon_finds_an_equation_and_the_same_one_again() -> None:  # acceptanc
     assert first == second and max(candidate.r2 for candidate in first) > 0.98
     best = max(first, key=lambda candidate: candidate.r2)
     assert 1 - ((predict(best.expr, torch.from_numpy(X)).numpy() - y) ** 2).mean() / y.var() == pytest.approx(best.r2)
+
+
+def test_the_line_through_points_is_that_of_least_squares() -> None:
+    draws = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 200, generator=draws, dtype=torch.float64)
+    y = 3 * x - 2 + 0.1 * noise
+    expected = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), y).solution.tolist()
+    assert line_fit(x, y) == pytest.approx(expected, rel=1e-12)
+    assert line_fit(torch.full_like(x, 0.1), y) == (0.0, pytest.approx(float(y.mean())))
+    assert line_fit(torch.zeros_like(x), y) == (0.0, pytest.approx(float(y.mean())))
 
 
 def test_gplearn_finds_a_rough_equation() -> None:
