@@ -42,7 +42,7 @@ class AmalgamatedOptimizer(RuleOptimizer):
     def __init__(
         self,
         params: Any,
-        weights: Source = "minmax",
+        weights: Source = "choice-large",
         *,
         alpha: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.999),
