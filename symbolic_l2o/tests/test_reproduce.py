@@ -214,7 +214,8 @@ def test_costs_are_counted() -> None:
 def test_the_peak_of_meta_tuning_counts_what_is_held_at_once() -> None:
     assert peak_bytes(lambda: [torch.zeros(1000) for _ in range(3)]) == 12_000
     assert peak_bytes(lambda: [len(torch.zeros(1000)) for _ in range(3)]) == 4_000
-    assert 1.05 < tuning_peak("conv", 14) < 1.2  # torch 2.14: 1.13; 2.9: 1.09
+    least = 1.1 if torch.__version__ >= "2.14" else 1.05  # 1.13; 1.09 on 2.9, which holds less at once
+    assert least < tuning_peak("conv", 14) < 1.2
     assert tuning_peak("mlp_mnist", 14) > 20  # the activations are few there, the tangents are not
 
 
