@@ -216,7 +216,8 @@ def _in_processes(todo: list[tuple[Cell, Path]], run_cell: RunCell, workers: int
     # One thread from the start on: a forked child must not inherit a pool of threads.
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "torch"])
+    # Under python -m the study's module by its name: the imports of "__main__" would be done again by each cell.
+    context.set_forkserver_preload(["torch", getattr(sys.modules["__main__"].__spec__, "name", "__main__")])
     waiting, done = list(reversed(todo)), 0
     running: dict[Connection, _Running] = {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

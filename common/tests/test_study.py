@@ -226,6 +226,20 @@ def test_the_work_of_a_cell_is_done_by_one_thread_wherever_it_runs(tmp_path: Pat
     assert read_json(tmp_path / "cell.rows.json")[0]["metrics"]["threads"] == 1
 
 
+def test_what_a_study_imports_is_imported_once_for_all_its_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "heavy.py").write_text(f"print('imported', file=open({str(tmp_path / 'imports')!r}, 'a'))\n")
+    (tmp_path / "light.py").write_text(
+        "import heavy, sys\nfrom pathlib import Path\nfrom common.tests.test_study import cells, run\n"
+        "if __name__ == '__main__':\n    run(Path(sys.argv[1]), cells('a', 'b', 'c', 'd'))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert children.run("-m", "light", tmp_path / "study").returncode == 0
+    assert len(list((tmp_path / "study").glob("*.rows.json"))) == 4
+    assert (tmp_path / "imports").read_text().split() == ["imported"] * 2  # here, and where the cells come from
+
+
 # Killed and interrupted
 
 
