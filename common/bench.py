@@ -82,7 +82,7 @@ def conclude(ratios: Sequence[Ratio]) -> int:
     load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     table = Table("what", "ratio", "target", "", title=f"ratios of one run, {load}")
     for found in ratios:
-        table.add_row(found.what, f"{found.value:.3g}", found.target, found.verdict)
+        table.add_row(found.what, f"{found.value:.4g}", found.target, found.verdict)
     Console(width=None if Console().is_terminal else 140).print(table)
     if RATIOS in os.environ:
         Path(os.environ[RATIOS]).write_text(json.dumps([asdict(found) for found in ratios]))
@@ -103,7 +103,7 @@ def table_of(measured: Mapping[str, Sequence[Ratio]]) -> str:
         "|---|---|---|---|---|",
     ]
     for script, ratios in measured.items():
-        lines += [f"| {script} | {r.what} | {r.value:.3g} | {r.target} | {r.verdict} |" for r in ratios]
+        lines += [f"| {script} | {r.what} | {r.value:.4g} | {r.target} | {r.verdict} |" for r in ratios]
         lines += [] if ratios else [f"| {script} | ended without a ratio | | | failed |"]
     return "\n".join([*lines, ""])
 
