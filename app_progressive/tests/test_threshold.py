@@ -129,6 +129,15 @@ def test_a_sample_that_misleads_changes_nothing() -> None:
         assert kth_smallest([values], k) == values.kthvalue(k).values.item()
 
 
+def test_the_value_next_to_a_bracket_is_not_taken_for_one_in_it() -> None:
+    values = torch.full((1 << 17,), 2.0)
+    values[::STRIDE] = 1  # the whole sample, so that the bracket holds nothing else
+    sampled, below = len(values[::STRIDE]), 1000
+    values[(values == 2).nonzero().squeeze(1)[:below]] = 0
+    for k, expected in ((below, 0), (below + 1, 1), (below + sampled, 1), (below + sampled + 1, 2)):
+        assert kth_smallest([values], k) == expected
+
+
 def test_large_tensors_with_ties_and_dead_weights_are_those_of_a_stable_sort() -> None:
     scores = torch.rand(200_000, generator=torch.Generator().manual_seed(0)).mul(50).round()
     alive = torch.rand(200_000, generator=torch.Generator().manual_seed(1)) < 0.7
