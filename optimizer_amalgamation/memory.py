@@ -85,10 +85,9 @@ def plain_step(name: str, steps: int, teachers: int, replicates: int = 1) -> Cal
 def _measured(pipe: Connection, work: Work, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     library = ctypes.CDLL(None)
-    if hasattr(
-        library, "mallopt"
-    ):  # glibc: what is freed goes back to the system at once, else the peak is that of its
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):  # caches, which differs by a quarter between equal runs
+    # glibc gives back at once what is freed: else the peak is that of its caches, which differs by a quarter
+    if hasattr(library, "mallopt"):
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             library.mallopt(option, 1 << 16)
     name, _, *rest = arguments
     work(name, 2, *rest)()
