@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common.config import ConfigError, load, parse, require
 from common.data import ImageSet, in_order, pixels
-from common.runs import CheckpointError, read_json, write_json
+from common.runs import CheckpointError, keep_freed_memory, read_json, write_json
 from common.study import Progress
 
 C = TypeVar("C")
@@ -137,6 +137,7 @@ def train_command(
     paper = Path(file).parent.name
     about = f"{paper}: train one run from one YAML file"
     config: Any = parse(config_class, prog=f"python {paper}/train.py", description=about, without=["study"])
+    keep_freed_memory()
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     folder = Path(config.run.folder or f"runs/{paper}/{name(config)}")

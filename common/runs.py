@@ -8,6 +8,7 @@ with Run(folder, config, total_steps=n) as run:
 """
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import io
@@ -82,6 +83,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees for its next step: new pages take up to an eighth of a ResNet's time.
+
+    Of glibc (other systems are left as they are): up to 1 GiB stays, and no tensor below that is mapped by itself.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+            library.mallopt(option, 1 << 30)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from common.config import UserError, parse, require
-from common.runs import Interrupted, hold, read_json, revision, write_json
+from common.runs import Interrupted, hold, keep_freed_memory, read_json, revision, write_json
 
 C = TypeVar("C")
 Progress = Callable[[float], None]
@@ -170,6 +170,7 @@ def _log_of(home: Path) -> Path:
 def _work(run_cell: RunCell, cell: Cell, home: Path, progress: Progress) -> None:
     """Run one cell with its output in <home>.log; its rows appear, whole, in <home>.rows.json."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     with (
         open(_log_of(home), "a", buffering=1) as log,
         contextlib.redirect_stdout(log),

@@ -308,6 +308,22 @@ def test_a_generator_depends_on_its_keys_and_their_order_alone() -> None:
     assert not torch.equal(first, torch.rand(4, generator=generator(1)))
 
 
+# Memory
+
+
+def test_memory_that_was_freed_is_used_again_without_new_pages() -> None:
+    work = (
+        "import resource, sys, torch\n"
+        "from common.runs import keep_freed_memory\n"
+        "if sys.argv[1] == 'kept': keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "step = lambda: [torch.ones(6_000_000) for _ in range(4)]\n"  # 24 MB each
+        "step(); before = faults(); [len(step()) for _ in range(5)]; print(faults() - before)"
+    )
+    kept, plain = (int(children.run("-c", work, how).stdout) for how in ("kept", "plain"))
+    assert 10 * kept < plain
+
+
 # The folder
 
 
