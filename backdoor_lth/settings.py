@@ -84,6 +84,8 @@ class TrainConfig:
     """over which the learning rate rises from 0, step by step"""
     rewind_epoch: int = 3
     """every later round starts from the weights after this epoch of round 0, its schedule as far advanced"""
+    amp: bool = False
+    """bfloat16 autocast of the network in training; losses, masks and all that is measured are in float32"""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):

@@ -173,7 +173,9 @@ class Chain:
             x, y = next(stream)
             if config.task == "surrogate":
                 x = self.attacked(x, y, step)
-            loss = F.cross_entropy(model(x), y)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=config.train.amp):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), y)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             distributed.synchronize(model)

@@ -69,6 +69,16 @@ def test_a_run_leaves_every_round_with_exact_counts(chain: Path) -> None:
     assert len(losses(chain)) == 3
 
 
+def test_training_under_autocast_is_nearly_that_in_float32(chain: Path, tmp_path: Path) -> None:
+    train(config("--train.amp", "true"), tmp_path, quiet)
+    model = network(config(), victim(config()).train, CPU)
+    state, masks = read_round(tmp_path, 0, model)
+    plain, _ = read_round(chain, 0, model)
+    assert masks.kept == KEPT[1] and all(value.dtype == plain[name].dtype for name, value in state.items())
+    assert losses(tmp_path) != losses(chain)
+    assert losses(tmp_path)[0] == pytest.approx(losses(chain)[0], rel=0.05)
+
+
 def test_later_rounds_start_from_the_early_epoch_of_round_0(
     chain: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
