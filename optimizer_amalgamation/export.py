@@ -1,18 +1,21 @@
 """Ship a run's best replicate: python -m optimizer_amalgamation.export --folder runs/... --name choice-large
 
-Writes presets/<name>.pt and <name>.json, which says which run the weights come from. The best replicate is the one with
-the least validation loss of its meta-training.
+Writes presets/<name>.pt and <name>.json, which says which run the weights come from. The best replicate is that with
+the best races on the problem of its meta-training, from starts that no evaluation has (as the pool's rates are chosen).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from common.config import command, parse, require
-from common.experiment import finished_run
+from common.experiment import finished_run, progress_bar
 from common.runs import read_json
+from optimizer_amalgamation.eval import race_all
+from optimizer_amalgamation.rule import Weights
 from optimizer_amalgamation.settings import Config
-from optimizer_amalgamation.train import run_weights
+from optimizer_amalgamation.train import make_rule, run_weights
 from optimizer_amalgamation.weights import PRESETS, save_weights
 
 NAMES = ("mean", "minmax", "choice-small", "choice-large", "rnnprop", "stronger")
@@ -27,7 +30,7 @@ class Arguments:
     name: str = ""
     """of the weights"""
     replicate: int = -1
-    """its place in meta.replicates; -1: the best in validation"""
+    """its place in meta.replicates; -1: the best in races"""
     to: str = str(PRESETS)
     """folder that is written to"""
 
@@ -45,14 +48,24 @@ def export(arguments: Arguments) -> Path:
     plain = (config.method.layers, config.method.head) == (2, "free")
     require(plain, "folder", arguments.folder, "the run of a student of two layers with the head free")
     done, environment = read_json(folder / "done.json"), read_json(folder / "environment.json")
-    validations = done["validations"]
-    count = len(validations)
+    count = len(config.meta.replicates)
     require(-1 <= arguments.replicate < count, "replicate", arguments.replicate, f"in [-1, {count})")
-    chosen = arguments.replicate if arguments.replicate >= 0 else validations.index(min(validations))
-    weights = {name: value[chosen] for name, value in run_weights(folder, config).items()}
+    weights = run_weights(folder, config)
+    raced = races(config, weights) if arguments.replicate < 0 else None
+    chosen = raced.index(min(raced)) if raced else arguments.replicate
     path = Path(arguments.to) / f"{arguments.name}.pt"
-    save_weights(path, weights, _provenance(config, done, environment, chosen))
+    own = {name: value[chosen] for name, value in weights.items()}
+    save_weights(path, own, {**_provenance(config, done, environment, chosen), "races": raced})
     return path
+
+
+def races(config: Config, weights: Weights) -> list[float]:
+    """Mean log of each replicate's best held-out loss on the problem of its meta-training, all from the same starts."""
+    name, options = config.problem.name, config.evaluation
+    own = replace(config, evaluation=replace(options, problems=[name], seed=options.seed + 1))
+    with progress_bar("races") as progress:
+        found = race_all(own, make_rule(config.method), weights, progress, alike=True)
+    return [mean(values) for values in found[name]["val_best"]]
 
 
 def _provenance(config: Config, done: dict[str, Any], environment: dict[str, Any], chosen: int) -> dict[str, Any]:

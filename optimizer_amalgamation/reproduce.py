@@ -4,9 +4,10 @@ One cell is one arm at one seed: it meta-trains replicates of a learnt optimizer
 pool on one problem; or meta-trains under one noise; or measures memory; or races the weights that are shipped.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,20 @@ from optimizer_amalgamation.schedules import ScheduleConfig
 from optimizer_amalgamation.settings import AmalgamationStudy, Config, split_problem
 from optimizer_amalgamation.students import StudentRule
 from optimizer_amalgamation.train import raced_problem, train
-from optimizer_amalgamation.weights import load_weights, shipped
+from optimizer_amalgamation.weights import PRESETS, load_weights, shipped
 
 HERE = Path(__file__).parent
 MEMORY_STEPS = 50
 Progress = Callable[[float], None]
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ShippedCell(Cell):
+    """A cell that depends on the weights that are shipped: with others it is another."""
+
+    weights: str
+    """digest"""
 
 
 def part(progress: Progress, first: float, last: float) -> Progress:
@@ -181,7 +190,12 @@ def cells_of(config: Config) -> list[Cell]:
             settings.append({"arm": arm, "reduce": "mean"})
         else:
             settings.append({"arm": arm})
-    return [Cell(one, seed) for seed in study.seeds for one in settings]
+    digest = hashlib.sha256(b"".join((PRESETS / f"{name}.pt").read_bytes() for name in shipped())).hexdigest()
+    return [
+        ShippedCell(one, seed, digest) if one["arm"] == "shipped" else Cell(one, seed)
+        for seed in study.seeds
+        for one in settings
+    ]
 
 
 def reproduce(arguments: Sequence[str] | None = None) -> int:

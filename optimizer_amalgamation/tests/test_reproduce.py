@@ -20,6 +20,8 @@ from common.tests.paper_checks import (
     rows,
     study_options,
 )
+from optimizer_amalgamation import reproduce as reproducing
+from optimizer_amalgamation import weights
 from optimizer_amalgamation.claims import CLAIMS
 from optimizer_amalgamation.figures import draw
 from optimizer_amalgamation.memory import peak_bytes, plain_step
@@ -100,6 +102,20 @@ def test_arms_are_the_papers_methods() -> None:
 def test_every_configuration_is_a_study_of_different_cells(scale: str) -> None:
     names = [cell.name for cell in cells_of(loaded(scale))]
     assert names and len(set(names)) == len(names)
+
+
+def test_with_other_weights_shipped_their_cell_alone_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = cells_of(loaded("demo"))
+    for file in weights.PRESETS.glob("*.pt"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for module in (reproducing, weights):
+        monkeypatch.setattr(module, "PRESETS", tmp_path)
+    assert cells_of(loaded("demo")) == before
+    (tmp_path / "minmax.pt").write_bytes(b"others")
+    changed = [one for one, old in zip(cells_of(loaded("demo")), before, strict=True) if one != old]
+    assert [cell.settings for cell in changed] == [{"arm": "shipped"}]
 
 
 def test_the_demos_pool_races_from_the_replicates_starts() -> None:

@@ -166,14 +166,32 @@ def test_optimizers_are_raced_on_other_data_than_they_were_trained_on(monkeypatc
 # Shipping
 
 
-def test_the_best_replicate_is_shipped_with_its_provenance(finished: Path, tmp_path: Path) -> None:
+def test_the_best_replicate_in_races_is_shipped_with_its_provenance(finished: Path, tmp_path: Path) -> None:
     path = exporting.export(exporting.Arguments(str(finished), "minmax", to=str(tmp_path)))
     shipped, source = load_weights(path, StudentRule().shapes), provenance(path)
     done, whole = read_json(finished / "done.json"), load_checkpoint(finished / "weights.pt")["weights"]
-    best = done["validations"].index(min(done["validations"]))
+    best = source["races"].index(min(source["races"]))
+    assert len(set(source["races"])) == 2 and source["replicate"] == done["replicates"][best]
     assert all(torch.equal(value, whole[name][best]) for name, value in shipped.items())
     assert source["meta_steps"] == done["meta_steps"][best] and source["data"] == "mnist5k"
-    assert source["config"]["method"]["teachers"] == ["adam:0.01", "rmsprop:0.005"] and source["replicate"] == best
+    assert source["config"]["method"]["teachers"] == ["adam:0.01", "rmsprop:0.005"]
+    other = exporting.export(exporting.Arguments(str(finished), "mean", 1 - best, str(tmp_path)))
+    assert provenance(other)["replicate"] == done["replicates"][1 - best]
+
+
+def test_replicates_are_chosen_on_starts_that_no_evaluation_has(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def race_all(config: Config, *_: object, alike: bool) -> dict[str, Any]:
+        asked.append((config.evaluation.problems, config.evaluation.seed, alike))
+        return {config.problem.name: {"val_best": [[-1.0, -2.0], [-3.0, -1.5]]}}
+
+    monkeypatch.setattr(exporting, "race_all", race_all)
+    own = config()
+    assert exporting.races(own, {}) == [-1.5, -2.25]
+    assert asked == [([own.problem.name], own.evaluation.seed + 1, True)]
 
 
 def test_only_a_finished_student_is_shipped(finished: Path, policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
