@@ -52,20 +52,23 @@ def export(arguments: Arguments) -> Path:
     require(-1 <= arguments.replicate < count, "replicate", arguments.replicate, f"in [-1, {count})")
     weights = run_weights(folder, config)
     raced = races(config, weights) if arguments.replicate < 0 else None
-    chosen = raced.index(min(raced)) if raced else arguments.replicate
+    chosen = raced["losses"].index(min(raced["losses"])) if raced else arguments.replicate
     path = Path(arguments.to) / f"{arguments.name}.pt"
     own = {name: value[chosen] for name, value in weights.items()}
     save_weights(path, own, {**_provenance(config, done, environment, chosen), "races": raced})
     return path
 
 
-def races(config: Config, weights: Weights) -> list[float]:
-    """Mean log of each replicate's best held-out loss on the problem of its meta-training, all from the same starts."""
-    name, options = config.problem.name, config.evaluation
-    own = replace(config, evaluation=replace(options, problems=[name], seed=options.seed + 1))
+def races(config: Config, weights: Weights) -> dict[str, Any]:
+    """Mean log of each replicate's best held-out loss on the problem of its meta-training, all from the same starts.
+
+    The numbers are under "losses", beside what they were measured with.
+    """
+    name = config.problem.name
+    options = replace(config.evaluation, problems=[name], seed=config.evaluation.seed + 1)
     with progress_bar("races") as progress:
-        found = race_all(own, make_rule(config.method), weights, progress, alike=True)
-    return [mean(values) for values in found[name]["val_best"]]
+        found = race_all(replace(config, evaluation=options), make_rule(config.method), weights, progress, alike=True)
+    return {**asdict(options), "losses": [mean(values) for values in found[name]["val_best"]]}
 
 
 def _provenance(config: Config, done: dict[str, Any], environment: dict[str, Any], chosen: int) -> dict[str, Any]:

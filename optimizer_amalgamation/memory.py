@@ -85,7 +85,8 @@ def plain_step(name: str, steps: int, teachers: int, replicates: int = 1) -> Cal
 def _measured(pipe: Connection, work: Work, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     library = ctypes.CDLL(None)
-    # glibc gives back at once what is freed: else the peak is that of its caches, which differs by a quarter
+    # glibc shall give back at once what is freed: else the peak is that of its caches, which between equal runs differs
+    # by a quarter.
     if hasattr(library, "mallopt"):
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             library.mallopt(option, 1 << 16)

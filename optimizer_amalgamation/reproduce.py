@@ -190,7 +190,8 @@ def cells_of(config: Config) -> list[Cell]:
             settings.append({"arm": arm, "reduce": "mean"})
         else:
             settings.append({"arm": arm})
-    digest = hashlib.sha256(b"".join((PRESETS / f"{name}.pt").read_bytes() for name in shipped())).hexdigest()
+    files = [PRESETS / f"{name}.pt" for name in shipped()]
+    digest = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
     return [
         ShippedCell(one, seed, digest) if one["arm"] == "shipped" else Cell(one, seed)
         for seed in study.seeds

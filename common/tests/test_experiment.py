@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common import experiment
 from common.config import ConfigError, dump
 from common.data import DataConfig, ImageFiles, ImageSet
 from common.experiment import (
@@ -182,6 +183,13 @@ def test_training_says_what_came_out_where_it_lies_and_what_is_next(capsys: pyte
     assert out.splitlines()[1].endswith(" paper/eval.py --folder runs/paper/plain-seed4")
     _, out, _ = said(train_main, ["--run.folder", "elsewhere"], capsys)
     assert "finished in elsewhere; next: " in out
+
+
+def test_training_keeps_its_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(experiment, "keep_freed_memory", lambda: kept.append(True))
+    said(train_main, [], capsys)
+    assert kept
 
 
 def test_of_several_ranks_the_first_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,11 +218,16 @@ def test_what_a_cell_says_goes_to_its_log(
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_work_of_a_cell_is_done_by_one_thread_wherever_it_runs(tmp_path: Path) -> None:
+def test_the_work_of_a_cell_is_done_by_one_thread_and_keeps_its_memory_wherever_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(study, "keep_freed_memory", lambda: kept.append(True))
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     study._work(do, cells("a")[0], tmp_path / "cell", lambda fraction: None)
     torch.set_num_threads(threads)
+    assert kept
     assert read_json(tmp_path / "cell.rows.json")[0]["metrics"]["threads"] == 1
 
 

@@ -170,8 +170,10 @@ def test_the_best_replicate_in_races_is_shipped_with_its_provenance(finished: Pa
     path = exporting.export(exporting.Arguments(str(finished), "minmax", to=str(tmp_path)))
     shipped, source = load_weights(path, StudentRule().shapes), provenance(path)
     done, whole = read_json(finished / "done.json"), load_checkpoint(finished / "weights.pt")["weights"]
-    best = source["races"].index(min(source["races"]))
-    assert len(set(source["races"])) == 2 and source["replicate"] == done["replicates"][best]
+    raced, evaluation = source["races"]["losses"], config().evaluation
+    best = raced.index(min(raced))
+    assert len(set(raced)) == 2 and source["replicate"] == done["replicates"][best]
+    assert (source["races"]["epochs"], source["races"]["seed"]) == (evaluation.epochs, evaluation.seed + 1)
     assert all(torch.equal(value, whole[name][best]) for name, value in shipped.items())
     assert source["meta_steps"] == done["meta_steps"][best] and source["data"] == "mnist5k"
     assert source["config"]["method"]["teachers"] == ["adam:0.01", "rmsprop:0.005"]
@@ -190,7 +192,7 @@ def test_replicates_are_chosen_on_starts_that_no_evaluation_has(
 
     monkeypatch.setattr(exporting, "race_all", race_all)
     own = config()
-    assert exporting.races(own, {}) == [-1.5, -2.25]
+    assert exporting.races(own, {})["losses"] == [-1.5, -2.25]
     assert asked == [([own.problem.name], own.evaluation.seed + 1, True)]
 
 
