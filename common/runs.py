@@ -217,7 +217,7 @@ class Run:
     Args:
         folder: made if missing; holds `config.yaml`, `environment.json`, `metrics.jsonl`, `checkpoint.pt`, events for
             TensorBoard and, once finished, `done.json`.
-        config: a dataclass; a folder with a run of another configuration is refused (run.* and study.* may differ).
+        config: a dataclass; a folder in which a run of another one has begun is refused (run.* and study.* may differ).
         total_steps: for the progress bar.
         checkpoint_every: steps between checkpoints.
         progress: called with the finished fraction in [0, 1] instead of drawing a bar.
@@ -235,7 +235,11 @@ class Run:
         checkpoint_every: int = 200,
         progress: Callable[[float], None] | None = None,
     ) -> None:
-        self.folder, self.config, self.total_steps = Path(folder), config, total_steps
+        self.folder, self.config, self.total_steps = (
+            Path(folder),
+            dump(config),
+            total_steps,
+        )  # the configuration as text
         self.checkpoint_every, self._progress = checkpoint_every, progress
         self.writes = distributed.rank() == 0
         self._stop = False
@@ -254,9 +258,9 @@ class Run:
                 stack.enter_context(hold(self.folder))
                 for left in self.folder.rglob(".*.partial"):  # by a process killed in the middle of a write
                     left.unlink()
-                if not (self.folder / "config.yaml").exists():
+                if not self._begun():
                     write_json(self.folder / "environment.json", environment())
-                    write_atomically(self.folder / "config.yaml", dump(self.config).encode())
+                    write_atomically(self.folder / "config.yaml", self.config.encode())
                 self._metrics = stack.enter_context(open(self.folder / "metrics.jsonl", "ab"))
             hidden = not self.writes or self._progress is not None
             self._bar = stack.enter_context(tqdm(total=self.total_steps, unit="step", mininterval=0.5, disable=hidden))
@@ -276,8 +280,10 @@ class Run:
         """The last snapshot, with the random state and `metrics.jsonl` set back to its moment; None at the start."""
         path = self.folder / "checkpoint.pt"
         saved = load_checkpoint(path) if path.exists() else None
-        if saved and (lacking := sorted({"step", "metrics_bytes", "rng", "snapshot"} - saved.keys())):
+        if saved and (lacking := sorted({"step", "metrics_bytes", "rng", "snapshot", "config"} - saved.keys())):
             raise CheckpointError(f"{path}: not a run's checkpoint (it has no {lacking[0]})")
+        for key, there, here in self._other_than(yaml.safe_load(saved["config"])) if saved else ():
+            raise CheckpointError(f"{path}: of a run with {key}={there!r}, this one has {here!r}")
         step = saved["step"] if saved else 0
         if distributed.any_rank(step != distributed.mean(step)):
             raise CheckpointError(f"{path}: not the same for all processes, it must lie on a disk that all share")
@@ -317,13 +323,12 @@ class Run:
         """
         for name, value in _tensors(snapshot):
             if not bool(value.isfinite().all()):
-                kept = f"the last good checkpoint is in {self.folder}"
-                raise NonFiniteError(f"{name} is not finite at step {step}; {kept}")
+                raise NonFiniteError(f"{name} is not finite at step {step}; {self._kept()}")
         if self.writes:
             self._flush()
             size = self._metrics.seek(0, os.SEEK_END)
             content = {"step": step, "metrics_bytes": size, "rng": _rng_state(), "snapshot": dict(snapshot)}
-            save_checkpoint(self.folder / "checkpoint.pt", content)
+            save_checkpoint(self.folder / "checkpoint.pt", {**content, "config": self.config})
 
     def log(self, step: int, split: str, **values: float) -> None:
         """Append one line to `metrics.jsonl` and TensorBoard. Raises `NonFiniteError` on NaN or Inf."""
@@ -343,7 +348,7 @@ class Run:
         """Raise `NonFiniteError` naming the step and the first value that is NaN or Inf."""
         for name, value in values.items():
             if not math.isfinite(value):
-                raise NonFiniteError(f"{name} is {value} at step {step}; the last good checkpoint is in {self.folder}")
+                raise NonFiniteError(f"{name} is {value} at step {step}; {self._kept()}")
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write `done.json`: the run is finished and its final metrics are these."""
@@ -367,13 +372,30 @@ class Run:
             raise KeyboardInterrupt
         self._stop = True
 
+    def _begun(self) -> bool:
+        """Whether the folder has a configuration and more than a run leaves that ends before its first number."""
+        sizes = {path.name: path.stat().st_size for path in self.folder.glob("[!.]*")}
+        start = {"config.yaml", "environment.json"}  # config.yaml alone is not a run's
+        return "config.yaml" in sizes and (
+            not start <= sizes.keys() or any(sizes[name] for name in sizes.keys() - start)
+        )
+
+    def _other_than(self, there: Any) -> Iterator[tuple[str, Any, Any]]:
+        """Keys on which the results depend that this configuration has otherwise, both values."""
+        for key, old, new in _differences(there, yaml.safe_load(self.config)):
+            if not key.startswith(("run.", "study.")):
+                yield key, old, new
+
+    def _kept(self) -> str:
+        saved = (self.folder / "checkpoint.pt").exists()
+        return f"the last good checkpoint is in {self.folder}" if saved else "no checkpoint had been written"
+
     def _refuse_another_configuration(self) -> None:
         path = self.folder / "config.yaml"
         if path.exists():
-            for key, old, new in _differences(read_yaml(path), yaml.safe_load(dump(self.config))):
-                if not key.startswith(("run.", "study.")):
-                    wanted = f"holds a run with {key}={old!r}, asked for {new!r}"
-                    raise ConfigError(f"{self.folder}: {wanted}; choose another run.folder or remove that one")
+            for key, old, new in self._other_than(read_yaml(path)) if self._begun() else ():
+                wanted = f"holds a run with {key}={old!r}, asked for {new!r}"
+                raise ConfigError(f"{self.folder}: {wanted}; choose another run.folder or remove that one")
         elif any(there.name != "environment.json" for there in self.folder.glob("[!.]*")):
             raise ConfigError(f"{self.folder}: not empty and not a run folder (it has no config.yaml)")
 

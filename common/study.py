@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common.config import UserError, parse, require
 from common.runs import Interrupted, hold, keep_freed_memory, read_json, revision, write_json
 
-C = TypeVar("C")
+C = TypeVar("C", bound="Studied")
 Progress = Callable[[float], None]
 RunCell = Callable[["Cell", Path, Progress], Sequence[Mapping[str, Any]]]
 
@@ -54,6 +54,14 @@ class StudyConfig:
         require(len(set(self.seeds)) == len(self.seeds), "study.seeds", self.seeds, "without repetition")
         require(min(self.seeds) >= 0, "study.seeds", self.seeds, "at least 0 each")
         require(self.workers >= 1, "study.workers", self.workers, "at least 1")
+
+
+class Studied(Protocol):
+    """A paper's configuration."""
+
+    @property
+    def study(self) -> StudyConfig:
+        """That of its study."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,12 @@ def study_config(config_class: type[C], configs: Path, argv: Sequence[str] | Non
     scales = "|".join(name for name in ("smoke", "demo", "cifar", "paper") if (configs / f"{name}.yaml").exists())
     about = f"Run the study of one scale: --scale {scales} (its YAML in configs/), then any option below."
     prog = f"python -m {configs.parent.name}.reproduce"
-    return parse(config_class, scale_arguments(configs, argv), prog=prog, description=about)
+    config = parse(config_class, scale_arguments(configs, argv), prog=prog, description=about)
+    place = Path(config.study.results or configs.parent / "results").absolute()
+    there = next(path for path in (place, *place.parents) if path.exists())
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    require(writable, "study.results", str(place), "a folder that may be written into")  # now, not after hours
+    return config
 
 
 def run_study(

@@ -14,6 +14,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from common import runs
 from common.config import ConfigError, UserError, command, dump
@@ -113,7 +115,9 @@ def write_for_ever(path: Path) -> None:
 
 def test_a_checkpoint_is_whole_whenever_its_writer_is_killed(tmp_path: Path) -> None:
     path, draw = tmp_path / "c.pt", random.Random(0)
-    for _ in range(10):
+    for number in range(60):
+        if number >= 10 and list(tmp_path.glob(".*.partial")):
+            break
         path.unlink(missing_ok=True)
         process = FORKS.Process(target=write_for_ever, args=(path,))
         process.start()
@@ -454,8 +458,8 @@ def test_the_lock_is_free_after_leaving(tmp_path: Path) -> None:
 
 
 def test_another_configuration_is_refused_by_key_with_old_and_new_value(tmp_path: Path) -> None:
-    with open_run(tmp_path / "run"):
-        pass
+    with open_run(tmp_path / "run") as run:
+        run.log(1, "train", loss=1.0)
     before = children.tree(tmp_path, ["run/*"])
     other = Config(rates=[0.1, 0.3])
     with pytest.raises(ConfigError) as caught, open_run(tmp_path / "run", config=other):
@@ -470,6 +474,21 @@ def test_where_a_run_lies_how_often_it_saves_and_its_study_may_differ(other: dic
         pass
     with open_run(tmp_path / "run", config=Config(**other)) as run:
         assert run.restore() is None
+
+
+def test_a_run_that_ended_before_its_first_number_takes_another_configuration(tmp_path: Path) -> None:
+    with contextlib.suppress(ConfigError), open_run(tmp_path / "run"):
+        raise ConfigError("too few samples")
+    with open_run(tmp_path / "run", config=Config(rates=[0.1, 0.3])) as run:
+        assert run.restore() is None
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["rates"] == [0.1, 0.3]
+
+
+def test_a_configuration_of_the_users_own_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("rates: [0.5]\n")
+    with pytest.raises(ConfigError, match="holds a run with"), open_run(tmp_path):
+        pass
+    assert (tmp_path / "config.yaml").read_text() == "rates: [0.5]\n"
 
 
 def test_a_finished_run_of_another_configuration_is_refused_too(tmp_path: Path) -> None:
@@ -544,6 +563,14 @@ def test_a_number_that_is_not_finite_ends_the_run_at_its_step_and_keeps_the_chec
     assert [line["step"] for line in lines(tmp_path / "run")] == [0, 1, 2]
 
 
+def test_a_number_that_is_not_finite_before_any_checkpoint_names_none(tmp_path: Path) -> None:
+    with (
+        pytest.raises(NonFiniteError, match=r"^loss is nan at step 0; no checkpoint had been written$"),
+        open_run(tmp_path / "run") as run,
+    ):
+        run.log(0, "train", loss=math.nan)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_do_not_replace_the_last_checkpoint(value: float, tmp_path: Path) -> None:
     weights = {"w": torch.ones(3), "count": torch.tensor(1)}
@@ -560,8 +587,19 @@ def test_weights_that_are_not_finite_do_not_replace_the_last_checkpoint(value: f
 def test_another_file_of_this_project_in_place_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
     with open_run(tmp_path / "run") as run:
         save_checkpoint(run.folder / "checkpoint.pt", {"weights": {}})
-        with pytest.raises(CheckpointError, match=r"checkpoint.pt: not a run's checkpoint \(it has no metrics_bytes\)"):
+        with pytest.raises(CheckpointError, match=r"checkpoint.pt: not a run's checkpoint \(it has no config\)"):
             run.restore()
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
+    for name, rates in (("run", [0.1, 0.2]), ("other", [0.1, 0.3])):
+        with open_run(tmp_path / name, config=Config(rates=rates), checkpoint_every=1) as run:
+            next(steps := run.steps(0, 2, dict))
+            next(steps)
+    shutil.copy(tmp_path / "other" / "checkpoint.pt", tmp_path / "run" / "checkpoint.pt")
+    wanted = r"checkpoint\.pt: of a run with rates=\[0\.1, 0\.3\], this one has \[0\.1, 0\.2\]"
+    with pytest.raises(CheckpointError, match=wanted), open_run(tmp_path / "run") as run:
+        run.restore()
 
 
 def test_ctrl_c_after_the_last_step_is_not_lost(tmp_path: Path) -> None:

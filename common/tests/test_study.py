@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from common import study
 from common.config import ConfigError, UserError
 from common.runs import CheckpointError, Interrupted, hold, read_json, revision, write_json
-from common.study import Cell, Progress, StudyConfig, StudyResult, run_study, scale_arguments
+from common.study import Cell, Progress, StudyConfig, StudyResult, run_study, scale_arguments, study_config
 from common.tests import children, tiny_study
 
 TINY = Path(tiny_study.__file__)
@@ -396,3 +397,21 @@ def test_the_scale_is_read_from_the_command_line(configs: Path, monkeypatch: pyt
 def test_an_unknown_scale_is_refused_with_those_there_are(argv: list[str], configs: Path) -> None:
     with pytest.raises(ConfigError, match=r"--scale must be one of demo, smoke, got '(huge)?'"):
         scale_arguments(configs, argv)
+
+
+@dataclass(frozen=True)
+class PaperConfig:
+    """A paper's configuration."""
+
+    study: StudyConfig = field(default_factory=StudyConfig)
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_study(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.yaml").write_text("study: {}\n")
+    (tmp_path / "file").touch()
+    asked = ["--study.results", str(tmp_path / "file" / "results")]
+    with pytest.raises(ConfigError, match=r"study\.results must be a folder that may be written into, got '.*/file/"):
+        study_config(PaperConfig, tmp_path / "configs", asked)
+    assert study_config(PaperConfig, tmp_path / "configs", []).study.results == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["configs", "file"]

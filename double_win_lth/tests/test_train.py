@@ -175,7 +175,7 @@ def test_ranks_hold_one_chain_and_leave_one_set_of_files(tmp_path: Path) -> None
 
 def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path: Path) -> None:
     for regime in ("std", "adv"):
-        with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+; the last good checkpoint is in"):
+        with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+; "):
             train(config("--regime", regime, "--pretrain.lr", 1e30), tmp_path / regime, quiet)
         assert not (tmp_path / regime / "done.json").exists()
 
