@@ -1,6 +1,7 @@
 """What a network costs: multiply-adds of a forward pass, dense and under masks; compute and memory of a stream.
 
-Compute of a stream as in ALMA: CC = sum over states of 3 E_t |train_t| F(m_t), F the forward multiply-adds.
+As in ALMA: compute CC = sum over states of 3 E_t |train_t| F(m_t), F the forward multiply-adds; memory CM = sum of the
+weights that are not masked, over states.
 """
 
 from collections.abc import Mapping, Sequence

@@ -21,7 +21,7 @@ Metrics = dict[str, Any]
 
 @measurement(Config)
 def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
-    """Accuracies on the test images and the whole seen pool, their gap, and the weights left."""
+    """Accuracies on the test images and on what the last state trained on, their gap, and the weights left."""
     pool, test = pool_and_test(config)
     model = network(config, pool).to(device())
     load_weights(model, load_checkpoint(folder / "model.pt"), folder / "model.pt")
@@ -49,7 +49,8 @@ def words(metrics: Metrics, config: Config) -> str:
     for state, row in enumerate(zip(*(metrics[name] for name in columns), strict=True), 1):
         lines.append("{:5d}   {:13.2f}   {:6d}   {:15.2f}   {:15.4f}   {:9.4f}".format(state, *row))
     clean = f"clean gap {metrics['clean_gap']:.2f} points"
-    lines.append(f"test accuracy {metrics['test_accuracy']:.2f} %, CER {metrics['cer']:,}, {clean}")
+    cer = f"CER {metrics['cer']:,} ({metrics['cer_per_test']:.3f} a test image)"
+    lines.append(f"test accuracy {metrics['test_accuracy']:.2f} %, {cer}, {clean}")
     lines.append(f"{metrics['nonzero']:,} of {metrics['weights']:,} prunable weights are not zero")
     return "\n".join(lines)
 

@@ -21,14 +21,15 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 def prunable(
-    model: nn.Module, include: tuple[type[nn.Module], ...] = (nn.Conv2d,), exclude: Sequence[str] = ()
+    model: nn.Module, include: tuple[type[nn.Module], ...] = (nn.Conv2d,), exclude: str | Sequence[str] = ()
 ) -> dict[str, nn.Parameter]:
-    """Weights of the modules of these kinds, by name, but for names that fit a glob of `exclude` ("head*").
+    """Weights of the modules of these kinds, by name, but for names that fit a glob of `exclude` ("head*", or several).
 
     Never biases or norms. A vision transformer: include=(nn.Linear,), exclude=("head*",). ValueError if none is left,
     or two of these modules share one.
     """
     found = prunable_weights(inner(model), include)
+    exclude = (exclude,) if isinstance(exclude, str) else exclude
     kept = {n: p for n, p in found.items() if not any(fnmatch.fnmatchcase(n, pattern) for pattern in exclude)}
     if not kept:
         raise ValueError(f"exclude must leave a weight to prune, got {list(exclude)}")

@@ -9,7 +9,9 @@ for megabatch in stream:
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +67,7 @@ class AnytimePruner:
         ties: str = "rank",
         update: str = "nested",
         include: tuple[type[nn.Module], ...] = (nn.Conv2d,),
-        exclude: Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
         schedule: Schedule = "exponential",
         growth: float = 0.5,
         score_weights: str = "current",
@@ -98,6 +100,7 @@ class AnytimePruner:
         self.stored = {name: weight.detach().clone() for name, weight in self._weights().items()} if keep_stored else {}
         self.state = 0
         self._multipliers: dict[str, Tensor] = {}
+        self._attached: WeakSet[Optimizer] = WeakSet()
 
     def _weights(self) -> dict[str, nn.Parameter]:
         return {name: owner.get_parameter("weight") for name, owner in self._owners.items()}
@@ -126,7 +129,7 @@ class AnytimePruner:
             state: t = 1, 2, ...; the next one if None.
             loss_fn: see `scores`.
             generator: of random scores, GraSP's samples and fresh weights; seeded with the state if None.
-            reduce: averages the scores over the ranks of a data-parallel run in place, so that all find one mask.
+            reduce: see `scores`: makes one mask of the batches of all ranks of a data-parallel run.
 
         Returns:
             state, delta, density_target, density (effective) and per_layer densities by name.
@@ -149,9 +152,8 @@ class AnytimePruner:
             weights,
             {name: mask.to(weights[name].device) for name, mask in self.masks.items()},
             generator=generator,
+            reduce=reduce,
         )
-        if reduce is not None:
-            reduce(list(found.values()))
         self.masks = Masks(threshold(found, target, self.scope, self.ties, self.masks, self.update))
         self._multipliers = {}
         self.state = state
@@ -162,17 +164,12 @@ class AnytimePruner:
         targets = {"state": state, "delta": delta, "density_target": target}
         return {**targets, "density": self.density(), "per_layer": self.per_layer()}
 
-    def _factors(self, weights: Mapping[str, nn.Parameter]) -> list[Tensor]:
-        """The masks as numbers, each of its weight's dtype, device and strides: equal strides multiply fastest."""
-        for name, weight in weights.items():
-            there = self._multipliers.get(name)
-            if there is None or (there.device, there.dtype, there.stride()) != (
-                weight.device,
-                weight.dtype,
-                weight.stride(),
-            ):
-                self._multipliers[name] = torch.empty_like(weight.detach()).copy_(self.masks[name])
-        return [self._multipliers[name] for name in self.names]
+    def _factor(self, name: str, weight: Tensor) -> Tensor:
+        """A mask as numbers of its weight's dtype, device and strides: equal strides multiply fastest."""
+        there, wanted = self._multipliers.get(name), (weight.device, weight.dtype, weight.stride())
+        if there is None or (there.device, there.dtype, there.stride()) != wanted:
+            there = self._multipliers[name] = torch.empty_like(weight.detach()).copy_(self.masks[name])
+        return there
 
     @torch.no_grad()
     def _store(self) -> None:
@@ -182,9 +179,12 @@ class AnytimePruner:
 
     @torch.no_grad()
     def project(self) -> None:
-        """Set the masked weights to exactly zero; after loading weights, and after each optimiser step (`attach`)."""
-        weights = self._weights()
-        torch._foreach_mul_([weight.data for weight in weights.values()], self._factors(weights))
+        """Set the masked weights to zero; after loading weights, and after each optimiser step (`attach`).
+
+        It is a product with the mask: a masked weight that is NaN or infinite becomes, or stays, NaN.
+        """
+        for name, weight in self._weights().items():
+            weight.mul_(self._factor(name, weight))
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -213,27 +213,39 @@ class AnytimePruner:
         """Project after every step of `optimizer` from now on; returns a function that ends it.
 
         Live weights then train, bit for bit, as under mask * weight: they see the same gradients, momentum and decay.
-        Gradients of masked weights are zeroed before the step, which must therefore get no closure (ValueError).
-        """
+        Gradients of masked weights are zeroed as `backward` accumulates them, before clipping looks at their norm.
 
-        @torch.no_grad()
+        Raises:
+            ValueError: at once for an optimiser that is attached, or holds no weight that is pruned; at a step with a
+                closure under `keep_stored`, whose forward would see the stored values.
+        """
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        owned = {name: weight for name, weight in self._weights().items() if weight in held}
+        if optimizer in self._attached or not owned:
+            wanted = "one that is not attached yet and holds a weight that is pruned"
+            raise ValueError(f"optimizer must be {wanted}, got {type(optimizer).__name__}")
+
         def before(_: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
-            if closure is not None:
-                raise ValueError(f"closure must be None: gradients are masked before the step, got {closure!r}")
-            weights = self._weights()
-            pairs = zip(weights.values(), self._factors(weights), strict=True)
-            there = [(weight.grad, factor) for weight, factor in pairs if weight.grad is not None]
-            if there:
-                torch._foreach_mul_(*map(list, zip(*there, strict=True)))
+            if self.keep_stored and closure is not None:
+                raise ValueError(f"closure must be None with keep_stored, got {closure!r}")
             self._reveal()
 
         def after(*_: Any) -> None:
             self._conceal()
 
-        hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        def mask_gradient(weight: Tensor, name: str) -> None:
+            if weight.grad is not None:
+                weight.grad.mul_(self._factor(name, weight))
+
+        hooks = [
+            weight.register_post_accumulate_grad_hook(partial(mask_gradient, name=n)) for n, weight in owned.items()
+        ]
+        hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        self._attached.add(optimizer)
 
         def detach() -> None:
+            self._attached.discard(optimizer)
             for hook in hooks:
                 hook.remove()
 
@@ -252,13 +264,22 @@ class AnytimePruner:
         return {"state": self.state, "masks": self.masks.state_dict(), "stored": dict(self.stored)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`, and project. Raises ValueError where names or shapes are another network's."""
-        masks, weights = Masks({name: mask.clone() for name, mask in saved["masks"].items()}), self._weights()
-        if masks.keys() != weights.keys() or any(masks[n].shape != w.shape for n, w in weights.items()):
-            raise ValueError("masks must be those of this network, got others")
-        self.state, self.masks, self._multipliers = int(saved["state"]), masks, {}
-        for name, stored in saved["stored"].items():
-            self.stored[name] = stored.to(weights[name].device, copy=True)
+        """Go on from `state_dict()`, and project.
+
+        Raises ValueError, and changes nothing, where it is that of another network, length of stream or keep_stored.
+        """
+        if lacking := sorted({"state", "masks", "stored"} - saved.keys()):
+            raise ValueError(f"saved must be the state of a pruner, got one without {lacking[0]}")
+        weights = self._weights()
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        for part, wanted in (("masks", shapes), ("stored", shapes if self.keep_stored else {})):
+            if {name: value.shape for name, value in saved[part].items()} != wanted:
+                raise ValueError(f"{part} must be those of this network and keep_stored={self.keep_stored}, got others")
+        if self._targets is not None and not 0 <= saved["state"] <= len(self._targets):
+            raise ValueError(f"state must be in [0, {len(self._targets)}], got {saved['state']}")
+        self.masks = Masks({name: mask.clone() for name, mask in saved["masks"].items()})
+        self.state, self._multipliers = int(saved["state"]), {}
+        self.stored = {name: value.to(weights[name].device, copy=True) for name, value in saved["stored"].items()}
         self.project()
 
     def export(self) -> dict[str, Tensor]:

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from app_progressive.prunable import inner, prunable
 from common.masks import random_scores
 
 CRITERIA = ("snip", "taylor", "mag", "random", "grasp", "synflow")
@@ -21,6 +23,7 @@ TEMPERATURE, PER_CLASS = 200.0, 10  # of GraSP
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
+Reduce = Callable[[list[Tensor]], None]
 
 
 def scores(
@@ -32,6 +35,7 @@ def scores(
     masks: Mapping[str, Tensor] | None = None,
     train_bn: bool = True,
     generator: torch.Generator | None = None,
+    reduce: Reduce | None = None,
 ) -> dict[str, Tensor]:
     """Scores of the weights `params`; the larger, the more a weight is worth. The model is left as it is, bit for bit.
 
@@ -41,26 +45,28 @@ def scores(
     made absolute, in eval mode, on ones, in float64; over the largest where the weights' type cannot hold that.
 
     Args:
-        model: any network.
+        model: any network; of a wrapped or compiled one the inner network, under its names.
         batches: (x, y) on the model's device; every batch counts the same, whatever its size. Not read by mag, random.
         criterion: one of the above.
         loss_fn: (logits, y) -> mean loss of a batch.
         params: parameter name -> the values to score; all convolution weights as they are if None.
-        masks: parameter name -> 0/1, in force during the passes; none if None.
+        masks: name -> 0/1 of each of them, in force during the passes; none if None.
         train_bn: batch statistics, as in training (synflow: never).
         generator: of random, and of the two draws of grasp, which without one takes the first samples for both.
+        reduce: averages tensors over ranks in place: gradients, before anything else is made of them, so that ranks
+            with batches of their own find the scores of all batches together.
 
     Raises:
         ValueError: unknown criterion, no batches, fewer than 10 samples of a class for grasp, NaN or Inf in a score.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
-    if params is None:
-        params = {
-            f"{n}.weight".removeprefix("."): m.weight for n, m in model.named_modules() if isinstance(m, nn.Conv2d)
-        }
+    model = inner(model)
+    params = prunable(model) if params is None else params
     if not params:
         raise ValueError("params must hold a weight to score, got none")
+    if masks and (lacking := sorted(params.keys() - masks.keys())):
+        raise ValueError(f"masks must hold one for each weight to score, got none for {lacking[0]}")
     weights = {name: weight.detach() for name, weight in params.items()}
     live = {name: weight * masks[name] if masks else weight for name, weight in weights.items()}
     if criterion == "mag":
@@ -68,14 +74,16 @@ def scores(
     elif criterion == "random":
         found = random_scores(weights, generator or torch.Generator().manual_seed(0))
     else:
-        first, batches = _first(batches)
         with _undisturbed(model, training=train_bn and criterion != "synflow"):
+            first, batches = _first(batches)
             if criterion == "grasp":
-                found = _grasp(model, weights, live, batches, loss_fn, generator)
+                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+                    found = _grasp(model, weights, live, batches, loss_fn, generator, reduce)
             elif criterion == "synflow":
                 found = _synflow(model, live, first)
             else:
                 gradients = _gradients(model, live, batches, loss_fn)
+                _reduced(list(gradients.values()), reduce)
                 chosen = weights if criterion == "snip" else live
                 found = {name: (gradients[name] * chosen[name]).abs() for name in weights}
         if criterion == "snip":
@@ -113,6 +121,11 @@ def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags.items():
             module.training = flag
+
+
+def _reduced(gradients: list[Tensor], reduce: Reduce | None) -> None:
+    if reduce is not None:
+        reduce(gradients)
 
 
 def _call(model: nn.Module, leaves: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -166,6 +179,7 @@ def _grasp(
     batches: Batches,
     loss_fn: Loss,
     generator: torch.Generator | None,
+    reduce: Reduce | None,
 ) -> dict[str, Tensor]:
     kept = list(batches)
     leaves = _leaves(live)
@@ -176,10 +190,13 @@ def _grasp(
         loss = loss_fn(_call(model, leaves, x) / TEMPERATURE, y)
         return torch.autograd.grad(loss, list(leaves.values()), create_graph=create_graph, allow_unused=True)
 
-    pairs = list(zip(gradients(False), gradients(True), strict=True))
-    _warn_unused({name for name, (_, moving) in zip(leaves, pairs, strict=True) if moving is None})
+    still, moving = gradients(False), gradients(True)
+    _reduced([gradient for gradient in still if gradient is not None], reduce)
+    pairs = list(zip(still, moving, strict=True))
+    _warn_unused({name for name, gradient in zip(leaves, moving, strict=True) if gradient is None})
     product = torch.stack([(g1 * g2).sum() for g1, g2 in pairs if g1 is not None and g2 is not None]).sum()
     found = torch.autograd.grad(product, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    _reduced(list(found), reduce)
     signed = {name: weights[name] * gradient for name, gradient in zip(leaves, found, strict=True)}
     norm = abs(sum(float(score.sum()) for score in signed.values())) + 1e-10
     return {name: score / norm for name, score in signed.items()}

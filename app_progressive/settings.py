@@ -1,8 +1,8 @@
 """The configuration of a run and of the study."""
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 from app_progressive.models import NAMES
 from common.config import ConfigError, require
@@ -191,10 +191,14 @@ class PartConfig:
 
 def split_arm(arm: str) -> tuple[str, str, float, str]:
     """Name, criterion, exponent (0: the default) and replay (empty: the default) of an arm. Raises `ConfigError`."""
-    found = re.fullmatch(r"([a-z]+)(?:-([a-z]+))?(?:@([0-9.]+))?(?:/(full|none|one|buffer))?", arm)
+    found = re.fullmatch(r"([a-z]+)(?:-([a-z]+))?(?:@(\d+(?:\.\d+)?))?(?:/(full|none|one|buffer))?", arm)
     if found is None or found[1] not in ARMS or (found[2] and found[1] not in CRITERION_ARMS):
         raise ConfigError(f"study.parts.arms must be of {', '.join(ARMS)}, such as app-mag@9.5/none, got {arm!r}")
-    return found[1], found[2] or "", float(found[3] or 0), found[4] or ""
+    criteria = get_args(PruneConfig.__annotations__["criterion"])
+    require(not found[2] or found[2] in criteria, "study.parts.arms", arm, f"with a criterion of {', '.join(criteria)}")
+    tau = float(found[3] or 0)
+    require(not found[3] or tau >= 1, "study.parts.arms", arm, "with an exponent of at least 1")
+    return found[1], found[2] or "", tau, found[4] or ""
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,13 @@ class AnytimeStudy(StudyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.margin > 0, "study.margin", self.margin, "positive")
+        first: dict[str, PartConfig] = {}
+        for part in self.parts:  # the claims know a row by its part's name and its arm
+            other = first.setdefault(part.name, part)
+            same = replace(part, arms=other.arms, seeds=other.seeds) == other
+            require(same, "study.parts", part.name, "of one stream and length of training wherever it is named")
+        arms = [(part.name, arm) for part in self.parts for arm in part.arms]
+        require(len(set(arms)) == len(arms), "study.parts", arms, "without an arm twice in parts of one name")
 
 
 @dataclass(frozen=True)

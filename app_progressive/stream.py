@@ -45,6 +45,10 @@ class MegabatchStream:
             raise ValueError(f"replay must be one of {', '.join(REPLAYS)}, got {replay!r}")
         if n_states < 1:
             raise ValueError(f"n_states must be at least 1, got {n_states}")
+        if seed is not None and seed < 0:
+            raise ValueError(f"seed must be None or at least 0, got {seed}")
+        if len(buffer) != 2:
+            raise ValueError(f"buffer must be two numbers, got {tuple(buffer)}")
         if size < 1 or size * n_states > n_pool:
             raise ValueError(f"size must be in [1, n_pool / n_states = {n_pool // n_states}], got {size}")
         if not 0 < val_fraction < 1:
@@ -90,7 +94,7 @@ class MegabatchStream:
         self._check(t)
         if mode not in SUBSETS:
             raise ValueError(f"mode must be one of {', '.join(SUBSETS)}, got {mode!r}")
-        count = int(q * self.size) if q > 0 else 0
+        count = int(q * self.size) if 0 < q <= 1 else 0
         if not 1 <= count <= self.n_train:
             raise ValueError(f"q must give 1 to {self.n_train} of {self.size} examples, got {q}")
         if mode == "newest":

@@ -29,4 +29,5 @@ def summary(config: Config, history: list[dict[str, Any]], macs: Mapping[str, in
         "score_images": sum(record["score_images"] for record in history),
         "macs_dense": stream_macs(sizes, epochs, [forward_macs(macs)] * len(sizes)),
         "macs": stream_macs(sizes, epochs, [record["macs"] for record in history]),
+        "memory": sum(record["weights"] for record in history),
     }

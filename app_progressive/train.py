@@ -201,6 +201,7 @@ def _end(
         pruner.load_state_dict(best["pruner"])
     test_acc = accuracy(model, test, batch_size=config.eval.batch_size)
     names = ("density_target", "density", "per_layer", "score_images")
+    masked = 0 if pruner is None else pruner.masks.total - pruner.masks.kept
     epoch = best["epoch"]
     return {
         **{name: now[name] for name in names},
@@ -211,6 +212,7 @@ def _end(
         "gap_last": generalization_gap(now["train"][-1], now["val"][-1]),
         "test_gap_last": generalization_gap(now["train"][-1], test_acc),
         "macs": forward_macs(macs, now["per_layer"]),
+        "weights": sum(parameter.numel() for parameter in model.parameters()) - masked,
     }
 
 

@@ -17,6 +17,7 @@ from app_progressive import AnytimePruner, OneShotPruner, scores, threshold
 from app_progressive.prunable import prunable
 from app_progressive.pruner import fresh_weights
 from app_progressive.schedules import density_schedule
+from app_progressive.scores import some_of_each_class
 from app_progressive.tests import two_ranks
 from app_progressive.tests.nets import TinyNet, arrays, batch, convs, reference_batches, reference_net, small_net
 from app_progressive.threshold import pruned_count
@@ -260,9 +261,9 @@ def test_released_pruning_gets_far_sparser_than_it_says() -> None:
 
 def test_a_vision_transformer_is_pruned_without_its_head() -> None:
     net = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10)
-    pruner = AnytimePruner(net, 2, 4.5, include=(nn.Linear,), exclude=("head*",))
+    pruner = AnytimePruner(net, 2, 4.5, "grasp", include=(nn.Linear,), exclude="head*")
     assert len(pruner.masks) == 8 and "head.weight" not in pruner.masks
-    pruner.step([(torch.randn(8, 3, 32, 32), torch.arange(8))])
+    pruner.step([(torch.randn(100, 3, 32, 32), torch.arange(100) % 10)])
     assert pruner.density() == pytest.approx(0.8, abs=1e-5) and net.head.weight.all()
 
 
@@ -300,14 +301,70 @@ def test_layers_that_share_a_weight_are_refused() -> None:
         AnytimePruner(net, 2, 4.5)
 
 
-def test_a_closure_is_refused() -> None:
+def test_a_closure_is_refused_where_it_would_see_stored_values() -> None:
     net = small_net()
     optimizer = OPTIMIZERS["sgd"](net.parameters())
-    AnytimePruner(net, 2, 4.5).attach(optimizer)
+    AnytimePruner(net, 2, 4.5, keep_stored=True).attach(optimizer)
     for step in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):
-        with pytest.raises(ValueError, match="closure must be None: gradients are masked before the step, got"):
+        with pytest.raises(ValueError, match="closure must be None with keep_stored, got"):
             step()
     optimizer.step(None)
+
+
+def test_an_optimizer_with_a_closure_leaves_masked_weights_at_zero() -> None:
+    net, (x, y) = small_net(), batch()
+    pruner = AnytimePruner(net, 2, 4.5)
+    pruner.step([(x, y)])
+    optimizer = torch.optim.LBFGS(net.parameters(), 0.1)
+    pruner.attach(optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        return loss
+
+    before = closure().item()
+    for _ in range(3):
+        optimizer.step(closure)
+    assert closure().item() < before and not dead(net, pruner.masks).any()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_clipping_sees_the_gradients_of_live_weights_alone(stored: bool) -> None:
+    net = small_net().double()
+    pruner = AnytimePruner(net, 2, 9.5, keep_stored=stored)
+    pruner.step([(batch()[0].double(), batch()[1])], state=2)
+    hooked = copy.deepcopy(net)
+    for key, mask in pruner.masks.items():
+        torch_prune.custom_from_mask(hooked.get_submodule(key.removesuffix(".weight")), "weight", mask)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1, 0.9) for model in (net, hooked)]
+    pruner.attach(optimizers[0])
+    for number in range(3):
+        x, y = batch(16, number)
+        norms = []
+        for model, optimizer in zip((net, hooked), optimizers, strict=True):
+            optimizer.zero_grad()
+            for part in (slice(0, 8), slice(8, 16)):  # gradients accumulate
+                F.cross_entropy(model(x[part].double()), y[part]).backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+            optimizer.step()
+        assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-12)
+    for key, mask in pruner.masks.items():
+        wanted = hooked.get_submodule(key.removesuffix(".weight")).weight_orig * mask
+        assert torch.allclose(net.get_parameter(key), wanted, rtol=1e-12, atol=1e-15)
+
+
+def test_an_optimizer_is_attached_once_and_only_if_it_trains_what_is_pruned() -> None:
+    net = small_net()
+    pruner = AnytimePruner(net, 2, 4.5)
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    detach = pruner.attach(optimizer)
+    for wrong in (optimizer, OPTIMIZERS["sgd"](net.fc.parameters()), OPTIMIZERS["sgd"](small_net().parameters())):
+        with pytest.raises(ValueError, match="optimizer must be one that is not attached yet and holds a weight that"):
+            pruner.attach(wrong)
+    detach()
+    pruner.attach(optimizer)
 
 
 def test_a_pruner_goes_on_from_its_state() -> None:
@@ -321,8 +378,19 @@ def test_a_pruner_goes_on_from_its_state() -> None:
     for each in (pruner, again):
         each.step([batch(seed=2)])
     assert all(torch.equal(again.masks[name], mask) for name, mask in pruner.masks.items())
-    with pytest.raises(ValueError, match="masks must be those of this network"):
-        again.load_state_dict({"state": 1, "masks": {"conv1.weight": torch.ones(2)}, "stored": {}})
+    saved, before = pruner.state_dict(), (again.state, dict(again.masks))
+    for wrong, message in (
+        ({"masks": {"conv1.weight": torch.ones(2)}}, "masks must be those of this network"),
+        ({"stored": saved["masks"]}, "stored must be those of this network and keep_stored=False"),
+        ({"state": 8}, r"state must be in \[0, 3\], got 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            again.load_state_dict({**saved, **wrong})
+    with pytest.raises(ValueError, match="saved must be the state of a pruner, got one without masks"):
+        again.load_state_dict({})
+    with pytest.raises(ValueError, match="stored must be those of this network and keep_stored=True"):
+        AnytimePruner(other, 3, 4.5, keep_stored=True).load_state_dict(saved)
+    assert (again.state, dict(again.masks)) == before
 
 
 def test_given_densities_and_streams_of_unknown_length() -> None:
@@ -364,7 +432,17 @@ def test_two_ranks_find_the_masks_of_one(tmp_path: Path) -> None:  # 18
     done = children.run(*children.TORCHRUN, two_ranks.__file__, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     one, *two = (torch.load(tmp_path / name, weights_only=True) for name in ("one0", "two0", "two1"))
-    assert len(one) == 4
+    assert len(one["masks"]) == 4
     for other in two:
-        for mine, its in zip(one, other, strict=True):
+        for mine, its in zip(one["masks"], other["masks"], strict=True):
             assert all(torch.equal(its[name], mask) for name, mask in mine.items())
+    net = small_net().train()
+    weights = [net.get_parameter(name) for name in one["grasp"]]
+    losses = [F.cross_entropy(net(x) / 200, y) for x, y in (some_of_each_class([batch(200, s)], 10) for s in (30, 31))]
+    mean = torch.autograd.grad(sum(losses) / 2, weights, create_graph=True)
+    plain = torch.autograd.grad(sum((g.detach() * g).sum() for g in mean), weights)
+    signed = [weight.detach() * gradient for weight, gradient in zip(weights, plain, strict=True)]
+    norm = abs(sum(float(score.sum()) for score in signed))
+    for (name, score), wanted in zip(two[0]["grasp"].items(), signed, strict=True):
+        assert torch.allclose(score, wanted / norm, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()) / norm)
+        assert torch.equal(score, two[1]["grasp"][name]) and not torch.allclose(score, one["grasp"][name], rtol=0.01)

@@ -24,6 +24,7 @@ from common.tests.paper_checks import (
 )
 
 SIZES = "states: 6, size: 20, epochs: 1, milestones: [], q: 0.5"
+F_PART = f"{{name: F, arms: [dense], seeds: 1, {SIZES}}}"
 PARTS = [
     f"{{name: F, arms: [dense, osp, app, app-mag], seeds: 2, {SIZES}}}",
     f"{{name: L, arms: [app, released, random], seeds: 1, {SIZES}}}",
@@ -136,6 +137,14 @@ def test_every_configuration_is_whole(name: str) -> None:
         (["--study.parts", f"[{{name: F, arms: [app, app], seeds: 1, {SIZES}}}]"], "without repetition"),
         (["--study.parts", f"[{{name: L, arms: [random], seeds: 1, {SIZES}}}]"], "released before random"),
         (["--study.parts", f"[{{name: F, arms: [app], seeds: 1, {SIZES.replace('20', '2000')}}}]"], r"stream\.size"),
+        (["--study.parts", f"[{{name: F, arms: [app@0], seeds: 1, {SIZES}}}]"], "with an exponent of at least 1, got"),
+        (["--study.parts", f"[{{name: F, arms: [app@1.2.3], seeds: 1, {SIZES}}}]"], r"study\.parts\.arms must be of"),
+        (["--study.parts", f"[{{name: F, arms: [app-magic], seeds: 1, {SIZES}}}]"], "with a criterion of snip, taylor"),
+        (
+            ["--study.parts", f"[{F_PART}, {F_PART.replace('dense', 'app').replace('states: 6', 'states: 5')}]"],
+            r"study\.parts must be of one stream and length of training wherever it is named, got 'F'",
+        ),
+        (["--study.parts", f"[{F_PART}, {F_PART}]"], r"study\.parts must be without an arm twice in parts of one name"),
         (["--study.worker", "2"], r"unknown key 'study\.worker'"),
         (["--study.margin", "0"], r"study\.margin must be positive, got 0"),
     ],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from app_progressive import scores
 from app_progressive.scores import some_of_each_class
@@ -124,8 +126,9 @@ def test_snip_is_blind_to_a_scale_that_batch_norm_undoes_and_magnitude_is_not() 
     assert torch.allclose(after["snip"]["conv1.weight"][large], before["snip"]["conv1.weight"][large], rtol=1e-2)
 
 
+@pytest.mark.parametrize("loader", [False, True])
 @pytest.mark.parametrize("criterion", ["snip", "taylor", "mag", "random", "grasp", "synflow"])
-def test_scoring_leaves_no_trace(criterion: str) -> None:  # 6
+def test_scoring_leaves_no_trace(criterion: str, loader: bool) -> None:  # 6
     values = arrays("scores")
     net = nn.Sequential(reference_net(values), nn.Dropout(0.5))
     net.train()
@@ -135,6 +138,8 @@ def test_scoring_leaves_no_trace(criterion: str) -> None:  # 6
     F.cross_entropy(net(batches[0][0]), batches[0][1]).backward()
     optimizer.step()
     net[0].conv2.weight.grad = None
+    if loader:
+        batches = DataLoader(TensorDataset(*map(torch.cat, zip(*batches, strict=True))), 64, shuffle=True)
 
     def everything() -> list[object]:
         grads = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
@@ -195,5 +200,19 @@ def test_synflow_of_a_deep_network_is_finite_and_keeps_its_proportions() -> None
 def test_impossible_scores_are_refused(criterion: str, batches: list | None, message: str) -> None:  # 19
     with pytest.raises(ValueError, match=message):
         scores(small_net(), batches, criterion)
-    with pytest.raises(ValueError, match="params must hold a weight"):
-        scores(nn.Linear(2, 2), batches, "mag")
+
+
+def test_networks_and_masks_without_a_weight_to_score_are_refused() -> None:  # 19
+    with pytest.raises(ValueError, match="model must have a weight to prune"):
+        scores(nn.Linear(2, 2), None, "mag")
+    with pytest.raises(ValueError, match="params must hold a weight to score, got none"):
+        scores(small_net(), None, "mag", params={})
+    masks = {"conv1.weight": torch.ones(6, 3, 3, 3)}
+    with pytest.raises(ValueError, match=r"masks must hold one for each weight to score, got none for conv2\.weight"):
+        scores(small_net(), [batch()], masks=masks)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+def test_a_wrapped_network_is_scored_inside_under_its_own_names(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    wanted, found = (scores(net, [batch()]) for net in (small_net(), wrap(small_net())))
+    assert wanted.keys() == found.keys() and all(torch.equal(found[name], score) for name, score in wanted.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from app_progressive import eval as evaluation
@@ -20,12 +22,15 @@ from app_progressive import train as training
 from app_progressive.configured import another, network
 from app_progressive.images import epoch_batches, pool_and_test
 from app_progressive.prunable import prunable
+from app_progressive.schedules import density_schedule
+from app_progressive.scores import scores
 from app_progressive.settings import Config
 from app_progressive.tests.nets import CONFIGS, arguments, config
+from app_progressive.threshold import threshold
 from app_progressive.train import train
 from common.config import UserError, dump, load
 from common.data import DataConfig, ImageSet
-from common.runs import load_checkpoint, read_json
+from common.runs import generator, load_checkpoint, read_json, seed_everything
 from common.tests import children
 from common.tests.paper_checks import check_eval_refuses, copied, kill_after_a_checkpoint, quiet, refusal, said, slow
 
@@ -97,6 +102,79 @@ def test_a_run_tests_after_every_megabatch_and_ends_at_its_density_exactly(finis
     assert metrics["test_accuracy"] == metrics["final_acc"] == 100 - metrics["errors"][-1] / 10
     assert metrics["train_images"] == 2 * 18 * (1 + 2 + 3) and metrics["score_images"] == 30
     assert metrics["macs"] < metrics["macs_dense"]
+
+
+def plain_run(there: Config) -> dict[str, list[float]]:
+    """The metrics of a stream by one loop without a pruner; the draws are the run's."""
+    pool, test = pool_and_test(there)
+    stream, options, seed = training.megabatches(there, pool), there.train, there.seed
+    seed_everything(seed)
+    model = network(there, pool)
+    optimizer = torch.optim.SGD(model.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay)
+    weights = prunable(model)
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    released, found = there.prune.score_weights == "fresh", defaultdict(list)
+
+    def masked(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensor.data[~masks[name]] = 0
+
+    def right(batches: Any) -> float:
+        model.eval()
+        answers = torch.cat([(model(x).argmax(1) == y).float() for x, y in batches])
+        return 100 * answers.mean().item()
+
+    for state, density in enumerate(density_schedule(there.stream.states, there.prune.tau), 1):
+        rows, held = stream.state(state)
+        chosen = rows[: int(0.5 * there.stream.size)] if released else stream.score_idx(state, 0.5)
+        keys, scored = (seed, 3, state), dict(weights)
+        batches = list(epoch_batches(pool, chosen, 100, there.data, keys, shuffle=False))
+        if released and state > 1:
+            scored = pruning.fresh_weights(weights, generator(seed, 4, state))
+        values = scores(model, batches, "snip", params=scored, masks=masks)
+        rule = ("threshold", masks, "intersect") if released else ("rank", masks, "nested")
+        masks = threshold(values, density, "global", *rule)
+        masked(weights)
+        kept: list[tuple[float, float, dict[str, Tensor]]] = []
+        for epoch in range(options.epochs):
+            optimizer.param_groups[0]["lr"] = options.lr * (0.1 if epoch >= 1 else 1)
+            answers = []
+            model.train()
+            for x, y in epoch_batches(pool, rows, options.batch_size, there.data, (seed, 1, state, epoch)):
+                logits = model(x)
+                optimizer.zero_grad()
+                F.cross_entropy(logits, y).backward()
+                masked({name: weight.grad for name, weight in weights.items()})
+                optimizer.step()
+                masked(weights)
+                answers.append((logits.argmax(1) == y).float())
+            plain = [(pool.images[held].float() / 255, pool.labels[held])]
+            drawn = epoch_batches(pool, held, 500, there.data, (seed, 2, state, epoch), shuffle=False)
+            running, val = 100 * torch.cat(answers).mean().item(), right(drawn if released else plain)
+            kept.append((running, val, copy.deepcopy(model.state_dict())))
+        best = max(range(len(kept)), key=lambda epoch: (kept[epoch][1], -epoch))
+        model.load_state_dict(kept[best][2])
+        found["test_acc"].append(right([(test.images.float() / 255, test.labels)]))
+        found["gap_best"].append(kept[best][0] - kept[best][1])
+        found["gap_last"].append(kept[-1][0] - kept[-1][1])
+        found["test_gap_last"].append(kept[-1][0] - found["test_acc"][-1])
+        found["memory"].append(sum(int(p.count_nonzero()) if p.ndim == 4 else p.numel() for p in model.parameters()))
+    seen = pool.subset(rows)
+    found["clean_train_acc"] = [right([(seen.images.float() / 255, seen.labels)])]
+    return found
+
+
+@pytest.mark.parametrize("options", [[], [*AUGMENTED], [*RELEASED, *AUGMENTED]])
+def test_the_metrics_are_those_of_a_plain_loop(options: list[Any], tmp_path: Path) -> None:  # 15, 17
+    there = config(*options, "--train.epochs", 3, "--stream.size", 60, "--stream.val_fraction", 0.5)
+    train(there, tmp_path / "run", quiet)
+    metrics, plain = evaluation.evaluate(tmp_path / "run"), plain_run(there)
+    for name in ("test_acc", "gap_best", "gap_last", "test_gap_last"):
+        assert metrics[name] == pytest.approx(plain[name], abs=1e-4), name
+    assert metrics["clean_train_acc"] == pytest.approx(plain["clean_train_acc"][0], abs=1e-4)
+    assert metrics["clean_gap"] == pytest.approx(plain["clean_train_acc"][0] - plain["test_acc"][-1], abs=1e-4)
+    assert metrics["memory"] == sum(plain["memory"])
+    assert len(set(metrics["gap_best"])) > 1 and metrics["gap_best"] != metrics["gap_last"]
 
 
 @pytest.mark.parametrize("method", ["dense", "osp"])
@@ -348,7 +426,7 @@ def test_two_processes_prune_as_one_and_train_close_to_it(tmp_path: Path) -> Non
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+; the last good checkpoint is in"):
+    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+; "):
         train(config("--train.lr", 1e30), tmp_path / "run", quiet)
     assert not (tmp_path / "run" / "done.json").exists()
 

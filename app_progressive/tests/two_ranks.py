@@ -1,7 +1,7 @@
-"""Masks of four states on any number of ranks: two_ranks.py FILE (the rank is appended).
+"""Masks of four states, and GraSP scores, on any number of ranks: two_ranks.py FILE (the rank is appended).
 
-Score batches are not split, so that batch statistics are those of one process. In the last state two ranks score on a
-batch each, and one process on both, one after the other.
+Score batches are not split, so that batch statistics are those of one process. In the last state, and for GraSP, two
+ranks score on a batch each; one process masks by both, one after the other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from app_progressive import AnytimePruner, scores
@@ -36,16 +35,11 @@ def main(path: Path) -> None:
             F.cross_entropy(wrapped(x), y).backward()  # every rank the whole batch: DDP averages equal gradients
             optimizer.step()
 
-        def with_the_other(found: list[Tensor]) -> None:
-            distributed.average_(found)
-            if distributed.world_size() == 1:
-                others = scores(net, [batch(seed=31)], masks=pruner.masks)
-                for score, other in zip(found, others.values(), strict=True):
-                    score.add_(other).div_(2)
-
-        pruner.step([batch(seed=30 + distributed.rank())], reduce=with_the_other)
+        seeds = [30, 31] if distributed.world_size() == 1 else [30 + distributed.rank()]
+        pruner.step([batch(seed=seed) for seed in seeds], reduce=distributed.average_)
         masks.append(dict(pruner.masks))
-        torch.save(masks, f"{path}{distributed.rank()}")
+        grasp = scores(small_net(), [batch(200, seeds[0])], "grasp", reduce=distributed.average_)
+        torch.save({"masks": masks, "grasp": grasp}, f"{path}{distributed.rank()}")
 
 
 if __name__ == "__main__":
