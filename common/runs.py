@@ -71,11 +71,9 @@ class Interrupted(UserError):
 
 
 def generator(*keys: int) -> torch.Generator:
-    """A CPU generator that depends only on `keys`, e.g. (seed, epoch, batch): what it draws needs no saved state.
-
-    Zeros at the end do not count: (seed, epoch) and (seed, epoch, 0) draw the same.
-    """
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]))
+    """A CPU generator that depends on `keys` and their number alone, as (seed, epoch, batch): no state needs saving."""
+    entropy = (len(keys), *keys)  # the number too: zeros at the end do not count for numpy
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
 
 def seed_everything(seed: int) -> None:
