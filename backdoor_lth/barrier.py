@@ -14,6 +14,7 @@ from backdoor_lth.compaction import compact_states
 from backdoor_lth.frozen import frozen
 from backdoor_lth.pruning import masked
 from common.masks import Masks
+from common.runs import NonFiniteError
 
 State = Mapping[str, Tensor]
 Batch = tuple[Tensor, Tensor]
@@ -69,6 +70,7 @@ def error_barrier(
 
     Raises:
         ValueError: keys or shapes that are not the model's, points below 2, no batches or an empty one.
+        NonFiniteError: NaN or Inf in a state on the line or among its logits.
     """
     if points < 2:
         raise ValueError(f"points must be at least 2, got {points}")
@@ -88,13 +90,14 @@ def error_barrier(
     if compacted:
         networks = compact_states(model, batches[0][0].shape[1:], states)
     with frozen(model):
-        values = [_errors(network, batches) for network in networks]
+        values = [_errors(network, batches, alpha) for network, alpha in zip(networks, alphas, strict=True)]
     return Barrier(alphas, [error for error, _ in values], [loss for _, loss in values])
 
 
 def _line(state_a: State, state_b: State, alphas: Iterable[float], aliased: bool) -> Iterator[dict[str, Tensor]]:
     for alpha in alphas:
         state = interpolated(state_a, state_b, alpha)
+        _require_finite(state.values(), alpha, "weights")
         state_b = state if aliased else state_b
         yield state
 
@@ -107,17 +110,23 @@ def interpolated(state_a: State, state_b: State, alpha: float) -> dict[str, Tens
     }
 
 
+def _require_finite(values: Iterable[Tensor], alpha: float, what: str) -> None:
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise NonFiniteError(f"{what} at alpha {alpha:g} must be finite, got NaN or Inf: no barrier can be measured")
+
+
 def _called(model: nn.Module, state: dict[str, Tensor], x: Tensor) -> Tensor:
     logits: Tensor = functional_call(model, state, (x,))
     return logits
 
 
 @torch.no_grad()
-def _errors(network: Network, batches: Sequence[Batch]) -> tuple[float, float]:
+def _errors(network: Network, batches: Sequence[Batch], alpha: float) -> tuple[float, float]:
     """Share of wrong answers and mean cross-entropy over all batches."""
     wrong, loss, count = 0, 0.0, 0
     for x, y in batches:
         logits = network(x)
+        _require_finite([logits], alpha, "logits")
         wrong += int((logits.argmax(1) != y).sum())
         loss += float(F.cross_entropy(logits, y, reduction="sum"))
         count += len(y)

@@ -29,6 +29,10 @@ LOGITS, GRADIENTS = 1e-3, 1e-2
 """how far they may be from the model's own, as a share; a rectified value near 0 may fall on the other side"""
 
 
+class NotFiniteError(UnsupportedError):
+    """Logits that are not numbers, whatever computes them."""
+
+
 @dataclass
 class _Channels:
     """What is known of one node's output.
@@ -79,7 +83,10 @@ def compact(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
 def compact_states(
     model: nn.Module, input_shape: Sequence[int], states: Iterable[Mapping[str, Tensor]]
 ) -> Iterator[nn.Module]:
-    """`compact` of the model with each of these state dicts in turn; the graph is traced once for all."""
+    """`compact` of the model with each of these state dicts in turn; the graph is traced once for all.
+
+    A state whose logits are not finite comes back without a warning: whoever measures it will say so.
+    """
     graph = None
     for state in states:
         try:
@@ -88,7 +95,8 @@ def compact_states(
                 plain = partial(functional_call, model, dict(state))
                 network = _checked(graph.loaded(state), tuple(input_shape), plain)
         except Exception as error:
-            warnings.warn(f"the model is used as it is, not compacted: {error}", stacklevel=2)
+            if not isinstance(error, NotFiniteError):
+                warnings.warn(f"the model is used as it is, not compacted: {error}", stacklevel=2)
             network = copy.deepcopy(model).eval()
             network.load_state_dict(state)
         yield network
@@ -104,6 +112,8 @@ def _checked(graph: Traced, shape: tuple[int, ...], network: Callable[..., Tenso
             logits = each(x)
             found.append((logits, *torch.autograd.grad(logits.square().sum(), x)))
     (own, gradient), (ours, its) = found
+    if not own.isfinite().all():
+        raise NotFiniteError("its logits are not finite")
     if not (own - ours).norm() <= LOGITS * own.norm():
         raise UnsupportedError("its logits come out different")
     noise = torch.finfo(own.dtype).eps * own.square().sum()  # gradients below it are of rounded logits

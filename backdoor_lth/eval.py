@@ -130,7 +130,8 @@ def _round(
 
 def _batches(config: Config, there: Victim, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented batches of the poisoned training set in an order of their own, the same for every ticket."""
-    for images, labels in batches(there.train, config.train.batch_size, config.data, seed=config.seed + seed):
+    size = min(config.score.batch_size, len(there.train))
+    for images, labels in batches(there.train, size, config.data, seed=config.seed + seed):
         yield config.model.normalize(pixels(images.to(device()))), labels.to(device())
 
 
@@ -154,7 +155,8 @@ def _summary(metrics: Metrics, config: Config) -> str:
     lines = [f"dense: {rates(metrics['dense'])}{missed}"]
     for each in metrics["rounds"]:
         lost = f"; nothing left of {', '.join(each['disconnected'])}" if each["disconnected"] else ""
-        lines.append(f"ticket {each['round']}: {each['kept']} weights, score {each['score']:.3f}, {rates(each)}{lost}")
+        name = f"ticket {each['round']}" + (" (winner)" if each["round"] == metrics["winner"] else "")
+        lines.append(f"{name}: {each['kept']} weights, score {each['score']:.3f}, {rates(each)}{lost}")
     for name, scan in metrics["scans"].items():
         kind = "trigger-driven" if scan["trigger_driven"] else "not shown to be trigger-driven"
         found = (

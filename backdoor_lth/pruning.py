@@ -45,8 +45,18 @@ def magnitudes(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Conv2d
 
 
 def next_masks(scores: Scores, masks: Mapping[str, Tensor] | None, fraction: float) -> Masks:
-    """Remove the round(fraction * survivors) lowest scores among the survivors of `masks` (None: all)."""
+    """Remove the round(fraction * survivors) lowest scores among the survivors of `masks` (None: all).
+
+    Raises ValueError naming the first mask whose name or shape is not a score's, or the first score without a mask.
+    """
     alive = Masks(masks) if masks is not None else Masks.ones_like(scores)
+    for name in [*alive, *scores]:
+        if name not in scores:
+            raise ValueError(f"mask {name} must name a weight to prune, got none of that name")
+        if name not in alive:
+            raise ValueError(f"masks must have one for every weight to prune, have none for {name}")
+        if alive[name].shape != scores[name].shape:
+            raise ValueError(f"mask {name} must be {tuple(scores[name].shape)}, got {tuple(alive[name].shape)}")
     return keep_top(scores, survivors(alive.kept, fraction, 1)[1], alive)
 
 
@@ -59,7 +69,8 @@ def global_magnitude(
     """One round of global magnitude pruning: masks of the survivors by parameter name; the model stays as it is.
 
     Raises:
-        ValueError: fraction not in [0, 1), no weight of these kinds, NaN among the weights.
+        ValueError: fraction not in [0, 1), no weight of these kinds, NaN among the weights, masks of other names or
+            shapes than these weights (an empty mapping too; None keeps all).
     """
     return next_masks(magnitudes(model, kinds), masks, fraction)
 

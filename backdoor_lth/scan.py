@@ -9,8 +9,11 @@ import importlib
 import itertools
 import math
 import os
+import pickle
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,18 +80,20 @@ def scan(config: ScanConfig) -> dict[str, Any]:
     report: dict[str, Any] = {"weights": config.weights, "seed": config.seed}
     folder = Path(config.folder)
     figures = {}
-    try:
+    with _in_one_line(config.weights):
         classes = classes_of(model, anchor(model).new_zeros(1, *shape))
         require(classes == config.classes, "classes", config.classes, f"the {classes} that the network answers")
         masks = Masks({name: weight != 0 for name, weight in prunable_weights(model).items()})
         report |= {"weights_left": masks.kept, "density": masks.density, "disconnected": disconnected(masks)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):  # where nothing can be written the long search is in vain
+        pass
+    with _in_one_line(config.weights):
         if data:
             barrier = _barrier(config, model, masks, data)
             report |= {"trojan_score": barrier.score_error, "error": barrier.error, "alphas": barrier.alphas}
             figures["score"] = _curve(barrier.alphas, barrier.error)
         found = inverted(compact(model, shape), shape, config.inversion, None, config.seed)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{config.weights}: {str(error).splitlines()[0]}") from error
     report |= verdict(found, config.inversion.norm)
     answered = max(report["null_success"])
     report["reading"] = (
@@ -97,25 +102,54 @@ def scan(config: ScanConfig) -> dict[str, Any]:
         + (": it answers that to nearly everything, so its trigger says nothing" if answered > 0.8 else "")
     )
     figures |= {"triggers": _triggers(found.mark, found.mask), "masks": _bars(report["l1"], report["detected"])}
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "score.png").unlink(missing_ok=True)  # of an earlier scan
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=110)
     write_json(folder / "report.json", report)
     return report
 
 
+@contextmanager
+def _in_one_line(weights: str) -> Iterator[None]:
+    """What the network raises, of any kind, as a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{weights}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of its message, after its kind where that tells more."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    kind = "" if isinstance(error, ValueError | RuntimeError) and line else type(error).__name__
+    return ": ".join(part for part in (kind, line) if part)
+
+
+def _built(builder: str) -> nn.Module:
+    """What package.module:function returns. Raises `UserError` where that is no network."""
+    module, _, name = builder.partition(":")
+    sys.path.insert(0, os.getcwd())  # before the folder of this file, which has a models.py too
+    try:
+        build = getattr(importlib.import_module(module), name)
+    except Exception as error:  # the module is the user's: a SyntaxError, whatever it raises
+        wanted = "builder must be package.module:function that can be imported"
+        raise UserError(f"{wanted}, got {builder!r} ({_reason(error)})") from error
+    wanted = "builder must be a function that returns a network without being given anything"
+    try:
+        model = build()
+    except Exception as error:
+        raise UserError(f"{wanted}, got {builder!r} ({_reason(error)})") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{wanted}, got {builder!r} (it returns {type(model).__name__})")
+    return model
+
+
 def _network(config: ScanConfig) -> nn.Module:
     path = Path(config.weights)
     if config.builder:
-        module, _, name = config.builder.partition(":")
-        sys.path.insert(0, os.getcwd())  # before the folder of this file, which has a models.py too
-        try:
-            build = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"builder must be package.module:function that can be imported, got {config.builder!r} ({error})"
-            ) from error
-        model = build()
+        model = _built(config.builder)
     else:
         model = build_model(config.network.name, config.shape[0], config.classes)
     if not path.is_file():
@@ -132,12 +166,30 @@ def _network(config: ScanConfig) -> nn.Module:
         for name in [name for name in state if name.endswith("_orig")]:  # of torch.nn.utils.prune
             plain = name.removesuffix("_orig")
             state[plain] = state.pop(name) * state.pop(f"{plain}_mask")
-        model.load_state_dict(state)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                _first_difference(model.state_dict(), state) or str(error).splitlines()[-1].strip()
+            ) from error
         masks.apply_(model)
     except Exception as error:  # of torch, pickle, zip and safetensors each another kind
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = _reason(error)
+        if isinstance(error, pickle.UnpicklingError):  # torch's words are in bold, and advise to execute the file
+            reason = "it is damaged, or holds Python objects such as a whole network, which are not read"
         raise CheckpointError(f"{path}: does not hold this network's weights as plain tensors ({reason})") from error
     return model
+
+
+def _first_difference(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
+    """The first entry of a network that a state dict lacks or has otherwise, or the first that it has too many."""
+    for name, value in own.items():
+        if name not in state and not name.endswith("num_batches_tracked"):  # which old files lack
+            return f"{name} is missing"
+        there = tuple(getattr(state.get(name, value), "shape", ()))
+        if there != tuple(value.shape):
+            return f"{name} must be {tuple(value.shape)}, got {there}"
+    return next((f"{name} is no entry of the network" for name in state if name not in own), "")
 
 
 def _training(config: ScanConfig) -> ImageSet:
@@ -155,7 +207,8 @@ def _barrier(config: ScanConfig, model: nn.Module, masks: Masks, data: ImageSet)
     state = {name: value.clone() for name, value in model.state_dict().items()}
 
     def stream(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in batches(data, min(128, len(data)), config.data, seed=seed):
+        size = min(config.score.batch_size, len(data))
+        for images, labels in batches(data, size, config.data, seed=seed):
             yield config.network.normalize(pixels(images.to(device()))), labels.to(device())
 
     tuned = fine_tuned(

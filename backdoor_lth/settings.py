@@ -59,6 +59,8 @@ class AttackConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.ratio <= 1, "attack.ratio", self.ratio, "in [0, 1]")
+        clean_left = self.ratio < 1 or self.kind in ("clean_label", "none")
+        require(clean_left, "attack.ratio", self.ratio, f"below 1 with kind {self.kind}, to leave clean images")
         require(self.target >= 0, "attack.target", self.target, "at least 0")
         require(self.size >= 1, "attack.size", self.size, "at least 1")
         require(self.field >= 2, "attack.field", self.field, "at least 2")
@@ -147,6 +149,8 @@ class BarrierConfig:
     """of that fine-tuning"""
     batches: int = 8
     """of training images, on which errors are measured"""
+    batch_size: int = 128
+    """of fine-tuning and of measuring errors"""
     points: int = 11
     """between the two networks, ends included, at which errors are measured"""
 
@@ -154,6 +158,7 @@ class BarrierConfig:
         require(self.steps >= 0, "score.steps", self.steps, "at least 0")
         require(self.lr > 0, "score.lr", self.lr, "positive")
         require(self.batches >= 1, "score.batches", self.batches, "at least 1")
+        require(self.batch_size >= 1, "score.batch_size", self.batch_size, "at least 1")
         require(self.points >= 2, "score.points", self.points, "at least 2")
 
 

@@ -13,7 +13,7 @@ from backdoor_lth.restricted_imagenet import restricted
 from backdoor_lth.settings import Config
 from backdoor_lth.triggers import Trigger, patch_image
 from backdoor_lth.warp import Warp, random_field
-from common.config import ConfigError
+from common.config import ConfigError, require
 from common.data import ImageSet, load
 from common.experiment import finished_run, load_weights
 from common.runs import generator, load_checkpoint, seed_everything
@@ -59,9 +59,12 @@ def victim(config: Config) -> Victim:
     """The configured data, poisoned. Raises `ConfigError` where the attack does not fit it."""
     train, test = clean(config)
     assert isinstance(train.images, Tensor) and isinstance(test.images, Tensor)
-    attack = config.attack
+    name, got = ("data.classes", config.data.classes) if config.data.classes else ("data", train.classes)
+    require(train.classes >= 3, name, got, "of at least 3 classes, or no label's trigger stands out")
+    attack, side = config.attack, min(train.images.shape[2:])
     trigger: Trigger | Warp
     if attack.trigger == "warp":
+        require(attack.size <= side, "attack.size", attack.size, f"at most {side}, the side of the images")
         trigger = Warp(random_field(attack.field, generator(config.seed, POISON, FIELD)), attack.strength)
     else:
         trigger = Trigger(patch_image(attack.trigger, attack.size), attack.place, attack.margin)

@@ -117,7 +117,9 @@ class ChainNet:
 def _leaves(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     # A subclass of Sequential with its own forward is not a chain.
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        return [leaf for key, m in module.named_children() for leaf in _leaves(m, f"{name}.{key}" if name else key)]
+        # Not named_children: it skips a layer that is used twice, which forward does not.
+        children = [(f"{name}.{key}" if name else key, child) for key, child in module._modules.items()]
+        return [leaf for key, child in children if child is not None for leaf in _leaves(child, key)]
     return [(name or "model", module)]
 
 

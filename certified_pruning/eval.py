@@ -113,14 +113,14 @@ def stability(model: nn.Module, raw: Tensor, config: Config) -> dict[str, float]
 @full_precision()
 @torch.no_grad()
 def ibp_verified(model: nn.Module, data: ImageSet, config: Config) -> float:
-    """Percent of *all* images of a split that interval bounds alone verify: what certified training is for."""
+    """Percent of *all* images of a split that float64 interval bounds alone verify: the aim of certified training."""
     assert isinstance(data.images, Tensor)
     place = next(model.parameters()).device
-    net = ChainNet.from_module(model, tuple(data.images.shape[1:]))
+    net = ChainNet.from_module(model, tuple(data.images.shape[1:]), torch.float64)
     verified = 0
     for images, labels in in_order(data, 500):
-        box = input_box(pixels(images.to(place)), config.train.eps, config.model.mean, config.model.std)
-        margins = ibp(net, *box, C=margin_spec(labels.to(place), data.classes)[0]).out[0]
+        box = input_box(pixels(images.to(place)).double(), config.train.eps, config.model.mean, config.model.std)
+        margins = ibp(net, *box, C=margin_spec(labels.to(place), data.classes, net.dtype)[0]).out[0]
         verified += int((margins > 0).all(dim=1).sum())
     return 100 * verified / max(len(data), 1)
 

@@ -50,14 +50,16 @@ def input_box(
 
     Args:
         raw: images (batch, channels, ...) with pixels in [0, 1], any float dtype.
-        eps: radius in raw pixel units, >= 0.
+        eps: radius in raw pixel units, in [0, 1].
         mean, std: of the normalisation, one number or one a channel.
 
     Raises:
-        ValueError: eps negative or not finite; raw not finite or outside [0, 1]; see `channel_stats`.
+        ValueError: eps negative, above 1 or not finite; raw not finite or outside [0, 1]; see `channel_stats`.
     """
     if not isfinite(eps) or eps < 0:
         raise ValueError(f"eps must be finite and >= 0, got {eps}")
+    if eps > 1:
+        raise ValueError(f"eps must be at most 1, in units of pixels in [0, 1] such as 8/255, got {eps}")
     if not raw.isfinite().all():
         raise ValueError("raw must be finite, got NaN or Inf")
     if raw.numel() and (raw.min() < -1e-6 or raw.max() > 1 + 1e-6):

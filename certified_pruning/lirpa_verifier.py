@@ -17,7 +17,10 @@ from certified_pruning.attack import margin_of, pgd_attack
 from certified_pruning.auto_lirpa import Method, bounded, lirpa_margins
 from certified_pruning.ibp import channel_stats, input_box, margin_spec
 from certified_pruning.verdicts import ImageVerdict, Status, VerifyConfig, VerifyReport
-from certified_pruning.verifier import Normalization
+from certified_pruning.verifier import Normalization, check_tensors
+
+APPLIED = ("pgd_steps", "pgd_restarts", "pgd_step", "root_steps", "max_images", "seed")
+"""What of a `VerifyConfig` has an effect here."""
 
 
 class LirpaVerifier:
@@ -28,11 +31,12 @@ class LirpaVerifier:
         input_shape: of one image, e.g. (3, 32, 32).
         eps: radius of the L-inf ball in raw pixel units [0, 1]; the ball is cut to [0, 1].
         n_classes: number of logits.
-        config: of which the attack, root_steps (0: CROWN), seed and max_images apply; memory grows with the last one.
+        config: of which `APPLIED` applies; root_steps 0 means CROWN, memory grows with max_images.
         normalize: (mean, std) a channel that the network expects; images are given raw.
 
     Raises:
-        ValueError: eps < 0, n_classes that is not the number of logits, train mode, a graph the library cannot parse.
+        ValueError: eps outside [0, 1], n_classes that is not the number of logits, train mode, a graph the library
+            cannot parse.
         MissingPackageError: auto_LiRPA is not installed.
     """
 
@@ -60,6 +64,7 @@ class LirpaVerifier:
     @torch.no_grad()
     def verify(self, x: Tensor, y: Tensor, progress: Callable[[float], None] | None = None) -> VerifyReport:
         """Verdicts on raw images; arguments and errors as `CompleteVerifier.verify`."""
+        check_tensors(x, y)
         if tuple(x.shape[1:]) != tuple(self.like.shape[1:]) or len(y) != len(x):
             raise ValueError(
                 f"x must be a batch of {tuple(self.like.shape[1:])} with a label each, got {tuple(x.shape)}"

@@ -83,6 +83,9 @@ class TrainConfig:
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
         require(self.clip > 0, "train.clip", self.clip, "positive")
         require(0 <= self.eps_ramp <= 1, "train.eps_ramp", self.eps_ramp, "in [0, 1]")
+        require(self.eps_start >= 0, "train.eps_start", self.eps_start, "at least 0")
+        require(self.eps_length >= 1, "train.eps_length", self.eps_length, "at least 1")
+        require(0 <= self.eps_mid < 1, "train.eps_mid", self.eps_mid, "in [0, 1)")
         require(self.gradalign >= 0, "train.gradalign", self.gradalign, "at least 0")
         require(self.nrs >= 0, "train.nrs", self.nrs, "at least 0")
         require(self.slim >= 0, "train.slim", self.slim, "at least 0")
@@ -204,5 +207,9 @@ class Config:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         rewinds = self.prune.prune_type != "rewind_lt" or self.prune.rewind_epoch <= self.train.epochs
         require(rewinds, "prune.rewind_epoch", self.prune.rewind_epoch, f"at most train.epochs, {self.train.epochs}")
+        ramp = self.train.eps_start + self.train.eps_length - 1
+        within = self.train.eps_start == 0 or ramp <= self.train.epochs
+        allowed = f"at most train.epochs, {self.train.epochs}: eps would not reach train.eps"
+        require(within, "train.eps_start + train.eps_length - 1", ramp, allowed)
         verified = self.eval.first_round < self.prune.rounds
         require(verified, "eval.first_round", self.eval.first_round, f"below prune.rounds, {self.prune.rounds}")

@@ -14,7 +14,7 @@ from certified_pruning.bab import branch_and_bound
 from certified_pruning.chain import ChainNet
 from certified_pruning.crown import crown_intermediate
 from certified_pruning.frontier import Domains
-from certified_pruning.ibp import PreBounds, ibp, margin_spec
+from certified_pruning.ibp import PreBounds, ibp, interval, margin_spec
 from certified_pruning.problem import Problem
 from certified_pruning.rows import join
 from certified_pruning.verdicts import ImageVerdict, Status, VerifyConfig
@@ -183,7 +183,8 @@ class Group:
         lb, ub = self.x_lb[index].flatten(1), self.x_ub[index].flatten(1)
         small_lb, small_ub = lb.to(net.dtype), ub.to(net.dtype)
         pre = crown_intermediate(net, small_lb, small_ub, self.config.refine_iters)
-        lower, upper = join(outward(net, small_lb, small_ub, pre), small_lb)
+        wide = confirmed(net, self.v.exact, lb, ub, pre, outward(net, small_lb, small_ub, pre))
+        lower, upper = join(wide, small_lb)
         return Problem(net, self.v.exact, self.C[index], lb, ub, lower, upper, self.config)
 
 
@@ -198,8 +199,8 @@ def outward(net: ChainNet, x_lb: Tensor, x_ub: Tensor, pre: PreBounds) -> PreBou
 
     Of a layer's own sums 2e-6 of |W| |h| + |b|; of the layers before it, and of the box itself, |W| times theirs: a
     relaxation is off by no more than the bounds it was made of, and no slope is above 1. 2e-6 is about 30 float32
-    roundings (6e-8), the root-mean-square error of a sum of 1,000 terms. Neurons that are constant zero (pruned
-    channels) stay exactly so.
+    roundings (6e-8), the root-mean-square error of a sum of 1,000 terms; the worst case of n terms is n roundings.
+    Neurons that are constant zero (pruned channels) stay exactly so.
     """
     wide = []
     size = torch.maximum(x_lb.abs(), x_ub.abs()).flatten(1)
@@ -209,3 +210,31 @@ def outward(net: ChainNet, x_lb: Tensor, x_ub: Tensor, pre: PreBounds) -> PreBou
         wide.append((lower - slack, upper + slack))
         size = wide[-1][1].relu()
     return wide
+
+
+def confirmed(net: ChainNet, exact: ChainNet, x_lb: Tensor, x_ub: Tensor, pre: PreBounds, wide: PreBounds) -> PreBounds:
+    """`wide`, wider still where it is a layer's interval bound and float64 sees that bound outside it.
+
+    Left as they are: bounds that CROWN tightened, of neurons beyond the first layer that intervals leave unstable.
+
+    Args:
+        net, exact: the chain in working precision and in float64.
+        x_lb, x_ub: box (B, n), float64.
+        pre: what `crown_intermediate` found for `net`; wide: `outward` of it.
+    """
+    sure: PreBounds = []
+    for k, (lower, upper) in enumerate(wide):
+        low, high = interval(exact, k, x_lb, x_ub)
+        if k:
+            below, above = interval(net, k, *(t.relu() for t in pre[k - 1]))
+            tightened = (below < 0) & (above > 0)
+            low, high = low.masked_fill(tightened, float("inf")), high.masked_fill(tightened, -float("inf"))
+        sure.append((torch.minimum(lower, _at_most(low, lower)), torch.maximum(upper, -_at_most(-high, upper))))
+        x_lb, x_ub = (t.to(x_lb).relu() for t in sure[-1])
+    return sure
+
+
+def _at_most(value: Tensor, like: Tensor) -> Tensor:
+    """The largest number of the type of `like` that is not above `value`."""
+    near = value.to(like)
+    return torch.where(near.to(value) > value, torch.nextafter(near, torch.full_like(near, -float("inf"))), near)

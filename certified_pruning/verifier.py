@@ -1,8 +1,9 @@
 """Complete verification of ReLU networks on L-inf boxes: attack, bounds, branch and bound (spec c.8).
 
 Images go through ever dearer stages and leave at the first that decides them: clean prediction, interval bounds, PGD,
-CROWN, alpha-CROWN, branch and bound with beta-CROWN, exact LPs at its leaves. Work is in float32; nothing is called
-verified or falsified that float64 has not confirmed.
+CROWN, alpha-CROWN, branch and bound with beta-CROWN, exact LPs at its leaves. Work is in float32. Float64 confirms
+every counterexample, and every bound that decides, from bounds of the ReLU inputs of which those that CROWN tightened
+are float32's, widened (`stages.outward`, `stages.confirmed`).
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class CompleteVerifier:
         normalize: (mean, std) a channel that the network expects; images and boxes are given raw.
 
     Raises:
-        ValueError: both or neither of eps and box, eps < 0, n_classes that is not the number of logits, model in train
-            mode; `UnsupportedLayerError` for a layer outside the chain.
+        ValueError: both or neither of eps and box, eps outside [0, 1], n_classes that is not the number of logits,
+            model in train mode; `UnsupportedLayerError` for a layer outside the chain.
     """
 
     def __init__(
@@ -79,9 +80,11 @@ class CompleteVerifier:
             progress: called with the fraction of images decided, in [0, 1], never decreasing.
 
         Raises:
-            ValueError: wrong shape or type, NaN or Inf, pixels or labels out of range, a box with lower > upper.
+            ValueError: no tensors, wrong shape or type, NaN or Inf, pixels or labels out of range, a box with
+                lower > upper.
         """
         net = self.setting.net
+        check_tensors(x, y)
         if not x.dtype.is_floating_point or tuple(x.shape[1:]) != tuple(net.input_shape):
             shape = ", ".join(map(str, net.input_shape))
             raise ValueError(f"x must be floating point of shape (batch, {shape}), got {x.dtype} {tuple(x.shape)}")
@@ -117,6 +120,13 @@ class CompleteVerifier:
             raise ValueError("x must be finite, got NaN or Inf")
         check_box(self.setting.exact, lower, upper)
         return lower, upper
+
+
+def check_tensors(x: object, y: object) -> None:
+    """Raise ValueError unless both are tensors."""
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def _unit(net: ChainNet) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from certified_pruning.compress import compress_channels
 from certified_pruning.errors import UnsupportedLayerError
 from certified_pruning.export import export_instances
-from certified_pruning.lirpa_verifier import LirpaVerifier
+from certified_pruning.lirpa_verifier import APPLIED, LirpaVerifier
 from certified_pruning.settings import Config, ModelConfig
 from certified_pruning.train import network
 from certified_pruning.verdicts import ImageVerdict, VerifyConfig, VerifyReport
@@ -232,7 +232,10 @@ def _verify_all(arguments: Arguments, device: torch.device) -> None:
 
     first = distributed.rank() == 0
     work = jobs(arguments, device)
-    heading = {**environment(), "verify": dataclasses.asdict(arguments.verify)}
+    budget = dataclasses.asdict(arguments.verify)
+    if arguments.bounds == "auto_lirpa":
+        budget = {name: budget[name] for name in APPLIED}
+    heading = {**environment(), "bounds": arguments.bounds, "verify": budget}
     networks: list[dict[str, Any]] = []
     if first:
         write_json(

@@ -96,7 +96,7 @@ def turned(x: Tensor) -> Tensor:
 
 
 InPlace = Callable[[State, Tensor, Context], Tensor]
-"""Update (n,) for a gradient (n,); the state, coordinates last, is advanced in place."""
+"""Update (n,) for a gradient (n,); the state, coordinates last, is advanced: tensors in place, or others put there."""
 
 
 def in_place(rule: Rule, weights: Weights) -> InPlace:
@@ -115,7 +115,7 @@ def in_place(rule: Rule, weights: Weights) -> InPlace:
     def step(state: State, grad: Tensor, context: Context) -> Tensor:
         update, new = rule.step(weights, {name: turned(tensor) for name, tensor in state.items()}, grad, context)
         for name, tensor in new.items():
-            state[name].copy_(turned(tensor))
+            state[name] = turned(tensor)
         return update
 
     return step

@@ -23,13 +23,15 @@ class ChoiceRule:
         multiplier: s; 0 none, else each member's update is also multiplied by exp(s tanh(.)) of a second layer.
 
     Raises:
-        ValueError: for hardness < 0 or multiplier < 0. `step` without a context.
+        ValueError: for a pool that is no `Pool`, hardness < 0 or multiplier < 0. `step` without a context.
     """
 
     def __init__(self, pool: Pool = LARGE_CHOICE, hardness: float = 0.0, multiplier: float = 0.0) -> None:
         for name, value in (("hardness", hardness), ("multiplier", multiplier)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+        if not isinstance(pool, Pool):
+            raise ValueError(f"pool must be a Pool, got {pool!r}")
         self.pool, self.hardness, self.multiplier, self.layers = pool, hardness, multiplier, LAYERS
         self.shapes = {
             **lstm_shapes("lstm0", len(pool) + 4),

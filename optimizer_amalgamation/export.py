@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common.config import command, parse, require
+from common.config import ConfigError, command, parse, require
 from common.experiment import finished_run, progress_bar
 from common.runs import read_json
 from optimizer_amalgamation.eval import race_all
@@ -33,6 +33,8 @@ class Arguments:
     """its place in meta.replicates; -1: the best in races"""
     to: str = str(PRESETS)
     """folder that is written to"""
+    overwrite: bool = False
+    """replace weights of this name that are there"""
 
     def __post_init__(self) -> None:
         require(bool(self.folder), "folder", self.folder, "the folder of a run")
@@ -48,15 +50,35 @@ def export(arguments: Arguments) -> Path:
     plain = (config.method.layers, config.method.head) == (2, "free")
     require(plain, "folder", arguments.folder, "the run of a student of two layers with the head free")
     done, environment = read_json(folder / "done.json"), read_json(folder / "environment.json")
+    fitting = names_of(config)
+    require(
+        arguments.name in fitting, "name", arguments.name, f"{' or '.join(fitting)}, as this run's method is called"
+    )
+    path = Path(arguments.to) / f"{arguments.name}.pt"
+    free = arguments.overwrite or not path.exists()
+    require(free, "overwrite", arguments.overwrite, f"true to replace {path}, which is there")
     count = len(config.meta.replicates)
     require(-1 <= arguments.replicate < count, "replicate", arguments.replicate, f"in [-1, {count})")
     weights = run_weights(folder, config)
     raced = races(config, weights) if arguments.replicate < 0 else None
     chosen = raced["losses"].index(min(raced["losses"])) if raced else arguments.replicate
-    path = Path(arguments.to) / f"{arguments.name}.pt"
     own = {name: value[chosen] for name, value in weights.items()}
     save_weights(path, own, {**_provenance(config, done, environment, chosen), "races": raced})
     return path
+
+
+def names_of(config: Config) -> list[str]:
+    """What the students of a run may be called: those of a policy that is no longer there, after either pool."""
+    method = config.method
+    if method.policy and not method.teachers:
+        policy = Path(method.policy)
+        try:
+            pool = finished_run(policy, Config).method.pool if policy.is_dir() else ""
+        except ConfigError:
+            pool = ""
+        return [f"choice-{pool}"] if pool else ["choice-large", "choice-small"]
+    several = {"max": "minmax", "mean": "mean"}[method.reduce]
+    return [("rnnprop", "stronger", several)[min(len(method.teachers) + bool(method.policy), 2)]]
 
 
 def races(config: Config, weights: Weights) -> dict[str, Any]:

@@ -207,8 +207,18 @@ class MetaTraining:
         return {"replicates": [one.state_dict() for one in self.replicates]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        for one, saved in zip(self.replicates, state["replicates"], strict=True):
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: of another number of replicates, or of another rule's; nothing is changed then.
+        """
+        found = state.get("replicates")
+        if not isinstance(found, list) or len(found) != len(self.replicates):
+            count = len(found) if isinstance(found, list) else "none"
+            raise ValueError(f"a snapshot must have {len(self.replicates)} replicates, got {count}")
+        for one, saved in zip(self.replicates, found, strict=True):
+            one.check_state(saved)
+        for one, saved in zip(self.replicates, found, strict=True):
             one.load_state_dict(saved)
 
 

@@ -116,7 +116,8 @@ class NASCell(nn.Module):
         first, second, side, third, fourth = (lambda x, conv=conv: F.relu(conv(x)) for conv in self.convs)
         a = first(images)
         b = second(a)
-        c = F.avg_pool2d(F.pad(b, (0, 1, 0, 1)), 2, 1) + side(a)
+        # At the borders a mean over the pixels that are there, as TF's SAME: that of borders repeated is the same.
+        c = F.avg_pool2d(F.pad(b, (0, 1, 0, 1), mode="replicate"), 2, 1) + side(a)
         return self.head((a + fourth(third(b)) + c).mean((2, 3)))
 
 

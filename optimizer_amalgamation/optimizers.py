@@ -162,6 +162,12 @@ class _PoolOptimizer(RuleOptimizer):
         super().__init__(params, PoolRule(teacher), {}, lr=lr, warmup=0, **options)
 
 
+def _two(betas: tuple[float, float]) -> tuple[float, float]:
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    return betas
+
+
 class PoolSGD(_PoolOptimizer):
     """u = lr g."""
 
@@ -197,7 +203,7 @@ class PoolAdam(_PoolOptimizer):
         eps: float = 1e-10,
         **options: Unpack[PoolOptions],
     ) -> None:
-        super().__init__(params, lr, Teacher("adam", 1.0, eps, *betas), options)
+        super().__init__(params, lr, Teacher("adam", 1.0, eps, *_two(betas)), options)
 
 
 class _SignOptimizer(_PoolOptimizer):
@@ -214,7 +220,7 @@ class _SignOptimizer(_PoolOptimizer):
         **options: Unpack[PoolOptions],
     ) -> None:
         name = f"ada{self.name}" if adaptive else self.name
-        super().__init__(params, lr, Teacher(name, 1.0, eps, *betas), options)
+        super().__init__(params, lr, Teacher(name, 1.0, eps, *_two(betas)), options)
 
 
 class PowerSign(_SignOptimizer):

@@ -79,13 +79,16 @@ class Pool:
         teachers: at least one; all with the same beta1, beta2 and rho.
 
     Raises:
-        ValueError: for none, or for different decays.
+        ValueError: for none, for what is no `Teacher`, or for different decays.
     """
 
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self.teachers = tuple(teachers)
         if not self.teachers:
             raise ValueError("a pool must have at least one teacher, got none")
+        for teacher in self.teachers:
+            if not isinstance(teacher, Teacher):
+                raise ValueError(f"a pool must have teachers such as Teacher('adam', 0.005), got {teacher!r}")
         decays = {(t.beta1, t.beta2, t.rho) for t in self.teachers}
         if len(decays) > 1:
             raise ValueError(f"the teachers of a pool must have the same (beta1, beta2, rho), got {sorted(decays)}")

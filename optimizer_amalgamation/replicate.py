@@ -10,6 +10,11 @@ from optimizer_amalgamation.clip import clip_adaptive
 from optimizer_amalgamation.rule import Weights
 from optimizer_amalgamation.schedules import Schedule, ScheduleConfig
 
+PARTS = (
+    *("validating", "episode", "episodes", "losses", "history", "training", "best", "meta_steps", "skipped"),
+    *("weights", "moments", "kept"),
+)
+"""of a snapshot, beside the schedule"""
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-7  # of the meta-optimizer Adam
 
 
@@ -65,9 +70,21 @@ class Replicate:
 
     def state_dict(self) -> dict[str, Any]:
         """All that its next episode depends on, as plain data."""
-        plain = ("validating", "episode", "episodes", "losses", "history", "training", "best", "meta_steps", "skipped")
-        found = {name: getattr(self, name) for name in (*plain, "weights", "moments", "kept")}
+        found = {name: getattr(self, name) for name in PARTS}
         return {**found, "schedule": self.schedule.state_dict()}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where `state` is none of a replicate of this rule."""
+        if lacking := sorted({*PARTS, "schedule"} - state.keys()):
+            raise ValueError(f"a snapshot of replicate {self.number} must have {', '.join(lacking)}, got none")
+        wanted = {name: tuple(value.shape) for name, value in self.weights.items()}
+        for part in (state, *state["kept"].values()):
+            for where in (part["weights"], part["moments"]["m"], part["moments"]["v"]):
+                got = {name: tuple(value.shape) for name, value in where.items()}
+                if got != wanted:
+                    odd = next(name for name in {**wanted, **got} if got.get(name) != wanted.get(name))
+                    what = f"a snapshot of replicate {self.number} must have {odd} of shape {wanted.get(odd, 'none')}"
+                    raise ValueError(f"{what}, got {got.get(odd, 'none')}")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken, on the device of the present weights."""

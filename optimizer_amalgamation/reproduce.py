@@ -27,7 +27,7 @@ from optimizer_amalgamation.race import outcome
 from optimizer_amalgamation.schedules import ScheduleConfig
 from optimizer_amalgamation.settings import AmalgamationStudy, Config, split_problem
 from optimizer_amalgamation.students import StudentRule
-from optimizer_amalgamation.train import raced_problem, train
+from optimizer_amalgamation.train import check_batches, raced_problem, train
 from optimizer_amalgamation.weights import PRESETS, load_weights, shipped
 
 HERE = Path(__file__).parent
@@ -199,10 +199,34 @@ def cells_of(config: Config) -> list[Cell]:
     ]
 
 
+def check_arms(config: Config) -> None:
+    """Raise `ConfigError` where an arm would not be what it is named after."""
+    method, arms = config.method, config.study.arms
+    learnt = [arm for arm in arms if arm not in ("pool", "shipped", "memory")]
+    if not learnt:
+        return
+    require(method.policy == "", "method.policy", method.policy, f"empty for the arms {', '.join(learnt)}")
+    plain = [arm for arm in learnt if not arm.startswith("choice") and arm not in ("original", "scale")]
+    if config.study.distill:
+        plain = learnt
+    fits = method.student == "rnnprop" or not plain
+    require(fits, "method.student", method.student, f"rnnprop for the arms {', '.join(plain)}")
+    taught = [arm for arm in arms if arm in ("minmax", "mean", "noise", "nearest")]
+    wanted = "one or more such as adam:0.005 for the arms"
+    require(bool(method.teachers) or not taught, "method.teachers", method.teachers, f"{wanted} {', '.join(taught)}")
+    adam = any(entry.startswith("adam:") for entry in method.teachers)
+    there = adam or "stronger" not in arms
+    require(there, "method.teachers", method.teachers, "with one such as adam:0.005 for the arm stronger")
+
+
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
     config = study_config(Config, HERE / "configs", arguments)
-    load(config.data)  # once, before any cell: a download happens here, a data set that is not there ends here
+    check_arms(config)
+    splits = load(config.data)  # once, before any cell: a download happens here, a data set that is not there ends here
+    for entry in (config.problem.name, *config.evaluation.problems):
+        if not split_problem(entry).data:
+            check_batches(config, entry, len(splits.train))
     study = config.study
     starts = len(config.meta.replicates) * config.evaluation.repeats
     fits = "pool" not in study.arms or study.pool_repeats >= starts

@@ -47,9 +47,13 @@ def problems_of(rows: Rows) -> list[str]:
     return list(dict.fromkeys(row["cell"]["problem"] for row in rows_of(rows, what="race")))
 
 
-def at(rows: Rows, place: int) -> str:
-    """The problem at this place. Raises KeyError where there are fewer."""
+def at(rows: Rows, place: int | str) -> str:
+    """The problem at this place, or of this name. Raises KeyError where there are fewer, or none."""
     problems = problems_of(rows)
+    if isinstance(place, str):
+        if place not in problems:
+            raise KeyError(f"no problem {place}")
+        return place
     if place >= len(problems):
         raise KeyError(f"no problem number {place}")
     return problems[place]
@@ -61,7 +65,7 @@ def oracles(rows: Rows, problem: str) -> list[float]:
     return [value for (value,) in pool["metrics"]["val_best"]]
 
 
-def over_oracle(by: str, place: int) -> Measure:
+def over_oracle(by: str, place: int | str) -> Measure:
     """B3: per replicate, mean log loss minus that of the pool's best member from the same starts."""
 
     def measure(rows: Rows) -> list[float]:

@@ -22,8 +22,8 @@ class RuleOptimizer(Optimizer):
 
     State of a parameter: `step`, and the rule's, coordinates last. Single precision at least, double for parameters
     in double precision. A parameter without gradient is left alone and does not age; so is one whose gradient is not
-    finite, or so large that its square is not (from 1e18), or whose update is not finite: it counts in `skipped`, and
-    the first is warned of.
+    finite, or so large that its square is not (from 1e18), or to which something would be added that is not finite in
+    its type: it counts in `skipped`, and the first is warned of.
 
     Args:
         params: parameters or groups, with their own lr, alpha, weight_decay, warmup and warmup_lr.
@@ -180,8 +180,15 @@ class RuleOptimizer(Optimizer):
         weights = self.weights_on(device, dtype)
         return self._once((device, dtype, "blocks"), lambda: in_place(self.rule, weights))
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with `skipped`."""
+        return {**super().state_dict(), "skipped": self.skipped}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but each tensor keeps its type. Raises RuntimeError, changing nothing, for another layout."""
+        """As torch's, but with the types that this optimiser's state has, and with `skipped` where it was saved.
+
+        Raises RuntimeError, changing nothing, for another layout or what is not finite.
+        """
         groups = state_dict["param_groups"]
         for group in groups:
             if lacking := sorted(self.defaults.keys() - group.keys()):
@@ -197,7 +204,11 @@ class RuleOptimizer(Optimizer):
                 got = {name: tuple(getattr(tensor, "shape", ["no tensor"])) for name, tensor in its.items()}
                 if wanted != got:
                     raise RuntimeError(f"state of parameter {number} must have {wanted}, got {got}")
+                if wrong := [name for name, tensor in its.items() if not tensor.isfinite().all()]:
+                    raise RuntimeError(f"state of parameter {number} must be finite, got NaN or Inf in {wrong[0]}")
         super().load_state_dict(state_dict)
         for number, p in zip(numbers, parameters, strict=True):
+            types = {name: tensor.dtype for name, tensor in self._zero_state(p).items()}
             for name, tensor in state_dict["state"].get(number, {}).items():
-                self.state[p][name] = tensor.detach().to(p.device, copy=True)
+                self.state[p][name] = tensor.detach().to(p.device, types[name], copy=True)
+        self._skipped, self._skipped_there = int(state_dict.get("skipped", self.skipped)), {}

@@ -47,7 +47,8 @@ class ScheduleConfig:
             require(bool(values) and min(values) >= 1, f"schedule.{name}", values, "numbers of at least 1, one or more")
         for name in ("imitation", "warmups"):
             values = getattr(self, name)
-            require(bool(values) and min(values) >= 0, f"schedule.{name}", values, "numbers of at least 0, one or more")
+            fine = bool(values) and all(0 <= value < math.inf for value in values)
+            require(fine, f"schedule.{name}", values, "numbers of at least 0, one or more")
         require(max(self.warmups) <= 1, "schedule.warmups", self.warmups, "0 or 1 each")
         for name in ("episodes", "periods", "validation_episodes"):
             require(getattr(self, name) >= 1, f"schedule.{name}", getattr(self, name), "at least 1")

@@ -1,6 +1,7 @@
 """The configuration of one run and of the study; every YAML in configs/ fills this."""
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, NamedTuple
 
 from common.config import ConfigError, require
@@ -57,7 +58,7 @@ class MethodConfig:
         for entry in self.teachers:
             parse_teacher(entry)
         require(self.layers >= 1, "method.layers", self.layers, "at least 1")
-        require(self.hardness >= 0, "method.hardness", self.hardness, "at least 0")
+        require(0 <= self.hardness < inf, "method.hardness", self.hardness, "at least 0 and finite")
         require(self.policy_replicate >= -1, "method.policy_replicate", self.policy_replicate, "at least -1")
 
 
@@ -93,9 +94,9 @@ class PerturbationConfig:
     """gaussian and relative noise anew for every tensor of the optimizee, not only for every inner step"""
 
     def __post_init__(self) -> None:
-        require(self.magnitude >= 0, "perturbation.magnitude", self.magnitude, "at least 0")
+        require(0 <= self.magnitude < inf, "perturbation.magnitude", self.magnitude, "at least 0 and finite")
         require(self.steps >= 1, "perturbation.steps", self.steps, "at least 1")
-        require(self.lr > 0, "perturbation.lr", self.lr, "positive")
+        require(0 < self.lr < inf, "perturbation.lr", self.lr, "positive and finite")
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,9 @@ class MetaConfig:
         fits = bool(numbers) and min(numbers) >= 0 and len(set(numbers)) == len(numbers)
         require(fits, "meta.replicates", numbers, "different numbers of at least 0, one or more")
         require(self.unroll >= 1, "meta.unroll", self.unroll, "at least 1")
-        require(self.lr > 0, "meta.lr", self.lr, "positive")
+        require(0 < self.lr < inf, "meta.lr", self.lr, "positive and finite")
         require(0 <= self.spread <= 10, "meta.spread", self.spread, "in [0, 10]")
-        require(self.warmup_rate >= 0, "meta.warmup_rate", self.warmup_rate, "at least 0")
+        require(0 <= self.warmup_rate < inf, "meta.warmup_rate", self.warmup_rate, "at least 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class EvaluationConfig:
         for name in ("epochs", "repeats"):
             require(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "at least 1")
         require(self.warmup >= 0, "evaluation.warmup", self.warmup, "at least 0")
+        require(0 <= self.warmup_rate < inf, "evaluation.warmup_rate", self.warmup_rate, "at least 0 and finite")
         require(self.seed >= 0, "evaluation.seed", self.seed, "at least 0")
 
 
@@ -205,9 +207,9 @@ class AmalgamationStudy(StudyConfig):
             require(getattr(self, name) >= 1, f"study.{name}", getattr(self, name), "at least 1")
         for name in ("noise_steps", "noise_replicates"):
             require(getattr(self, name) >= 0, f"study.{name}", getattr(self, name), "at least 0")
-        positive = bool(self.factors) and min(self.factors) > 0
+        positive = bool(self.factors) and all(0 < one < inf for one in self.factors)
         require(positive, "study.factors", self.factors, "positive numbers, one or more")
-        require(all(one >= 0 for one in self.noise), "study.noise", self.noise, "numbers of at least 0")
+        require(all(0 <= one < inf for one in self.noise), "study.noise", self.noise, "finite numbers of at least 0")
         require(
             set(self.noise_kinds) <= set(KINDS), "study.noise_kinds", self.noise_kinds, f"any of {', '.join(KINDS)}"
         )
@@ -231,6 +233,8 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
-        taught = bool(self.method.teachers or self.method.policy)
-        plain = self.method.student in ("rnnprop", "original", "scale") or not taught
-        require(plain, "method.teachers", self.method.teachers, "empty for a choice policy")
+        for name in ("teachers", "policy"):
+            taught = getattr(self.method, name)
+            require(
+                self.method.student != "choice" or not taught, f"method.{name}", taught, "empty for a choice policy"
+            )

@@ -45,36 +45,44 @@ def step_blocks(optimizer: Stepped, pairs: Pairs, device: torch.device, wide: to
         state = optimizer.state[p]
         g = p.grad.reshape(-1).to(wide)  # type: ignore[union-attr]
         g = g.neg() if group["maximize"] else g
-        if not torch.linalg.vector_norm(g, math.inf) < LIMITS[wide]:
+        largest = torch.linalg.vector_norm(g, math.inf)
+        warm = bool(state["step"] < group["warmup"])
+        if not largest < LIMITS[wide] or (warm and not _fits(p, group, largest * group["warmup_lr"])):
             optimizer.count_skipped(1)
-        elif state["step"] < group["warmup"]:
+        elif warm:
             for name, tensor in optimizer.rule.warmup({**state, CLOCK: state["step"]}, g).items():
                 if name != CLOCK and tensor is not state[name]:
                     state[name].copy_(tensor)
             _move(p, group, state, group["warmup_lr"] * g)
         else:
             ready.append((p, group, g))
-    step = optimizer.in_place(device, wide)
+    step, most = optimizer.in_place(device, wide), getattr(optimizer.rule, "largest_update", math.inf)
     for some in _batches(ready):
         params, states = [p for p, _, _ in some], [optimizer.state[p] for p, _, _ in some]
         sizes = [p.numel() for p in params]
         names = [name for name in states[0] if name != "step"]
         if len(some) == 1:
             own, g = {name: states[0][name] for name in names}, some[0][2]
+            if not _fits(params[0], some[0][1], torch.tensor(most * some[0][1]["alpha"], dtype=wide)):
+                own = {name: tensor.clone() for name, tensor in own.items()}  # it may have to stay as it is
         else:
             own = {name: torch.cat([state[name] for state in states], -1) for name in names}
             g = torch.cat([g for _, _, g in some])
         clocks = [state["step"].to(wide).expand(size) for state, size in zip(states, sizes, strict=True)]
         own[CLOCK] = clocks[0] if len(some) == 1 else torch.cat(clocks)
         updates = step(own, g, optimizer.context(params)).split(sizes)
-        if len(some) > 1:
-            for name in names:
-                torch._foreach_copy_([state[name] for state in states], list(own[name].split(sizes, -1)))
-        for (p, group, _), state, update in zip(some, states, updates, strict=True):
-            if torch.linalg.vector_norm(update, math.inf) < math.inf:
-                _move(p, group, state, update.mul_(group["alpha"]))
+        moving = []
+        for number, ((p, group, _), update) in enumerate(zip(some, updates, strict=True)):
+            if _fits(p, group, torch.linalg.vector_norm(update.mul_(group["alpha"]), math.inf)):
+                moving.append(number)
             else:
                 optimizer.count_skipped(1)
+        for name in names:
+            new = own[name].split(sizes, -1) if len(some) > 1 else [own[name]]
+            if moving and new[0] is not states[0][name]:
+                torch._foreach_copy_([states[at][name] for at in moving], [new[at] for at in moving])
+        for at in moving:
+            _move(*some[at][:2], states[at], updates[at])
 
 
 def _batches(
@@ -95,6 +103,14 @@ def _batches(
         total += size
     if together:
         yield together
+
+
+def _fits(p: Tensor, group: dict[str, Any], largest: Tensor) -> bool:
+    """Whether p can hold what is added to it: an update of the absolute value `largest` (), and the decay."""
+    added = largest * float(group["lr"])
+    if decay := float(group["lr"]) * group["weight_decay"] * group["alpha"]:
+        added = added + decay * torch.linalg.vector_norm(p.to(largest.dtype), math.inf)
+    return bool(added <= torch.finfo(p.dtype).max)
 
 
 def _move(p: Tensor, group: dict[str, Any], state: State, update: Tensor) -> None:
@@ -130,7 +146,14 @@ def step_flat(optimizer: Stepped, pairs: Pairs, device: torch.device, wide: torc
     before = {**old, CLOCK: steps.to(wide)[of]}
     update, new = optimizer.rule.step(optimizer.weights_on(device, wide), before, g, context)
     warmed = optimizer.rule.warmup(before, g)
-    keep = keep & (warm | (torch.stack(torch._foreach_norm(update.split(sizes), math.inf)) < math.inf))
+    update = torch.where(warm[of], each("warmup_lr")[of] * g, each("alpha")[of] * update)
+    rates = [float(group["lr"]) for group in groups]
+    added = torch.stack(torch._foreach_mul(torch._foreach_norm(update.split(sizes), math.inf), rates))
+    decays = [lr * group["weight_decay"] * group["alpha"] for lr, group in zip(rates, groups, strict=True)]
+    if any(decays):
+        norms = [norm.to(wide) for norm in torch._foreach_norm(params, math.inf)]
+        added = added + torch.stack(torch._foreach_mul(norms, decays))
+    keep = keep & (added <= optimizer.constants([torch.finfo(p.dtype).max for p in params], device, wide))
     for name in names:
         its_keep, its_warm = (keep, warm) if name == PER_TENSOR else (keep[of], warm[of])
         if old[name].dim() > 1:
@@ -139,13 +162,11 @@ def step_flat(optimizer: Stepped, pairs: Pairs, device: torch.device, wide: torc
         counts = [1] * len(sizes) if name == PER_TENSOR else sizes
         torch._foreach_copy_([state[name] for state in states], list(turned(result).split(counts, -1)))
     if SHARED in old:
-        moved = torch.where(warm.all(), old[SHARED], new[SHARED]).mT.contiguous()
+        moved = torch.where(warm.all() | ~new[SHARED].isfinite().all(), old[SHARED], new[SHARED]).mT.contiguous()
         for state in optimizer.state.values():
             state[SHARED] = moved
-    update = torch.where(warm[of], each("warmup_lr")[of] * g, each("alpha")[of] * update)
     torch._foreach_add_([state["step"] for state in states], list(keep.to(torch.int64).unbind()))
     optimizer.count_skipped((~keep).sum())
-    for p, group, one, kept in zip(params, groups, update.split(sizes), keep.unbind(), strict=True):
-        lr = float(group["lr"])
-        result = p.to(wide) * (1 - lr * group["weight_decay"] * group["alpha"]) - lr * one.view(p.shape)
+    for p, lr, decay, one, kept in zip(params, rates, decays, update.split(sizes), keep.unbind(), strict=True):
+        result = p.to(wide) * (1 - decay) - lr * one.view(p.shape)
         p.copy_(torch.where(kept, result, p.to(wide)))

@@ -61,6 +61,11 @@ class StudentRule:
         m, v = beta1 * state["m"] + (1 - beta1) * grad, beta2 * state["v"] + (1 - beta2) * grad.square()
         return {**state, "m": m, "v": v}
 
+    @property
+    def largest_update(self) -> float:
+        """What no update exceeds, for a finite state and gradients below 1e18; inf where that is not known."""
+        return self.alpha if self.head == "free" and self.eps >= 1e-20 else float("inf")
+
     def step(
         self, weights: Weights, state: State, grad: Tensor, context: Context | None = None
     ) -> tuple[Tensor, State]:

@@ -49,9 +49,10 @@ def train(config: Config, folder: Path, progress: Progress | None = None) -> dic
     if progress is None:
         with progress_bar("meta-training") as bar:
             return train(config, folder, bar)
+    policies = _policies(config)
     problem = raced_problem(config, config.problem.name)
     rule = make_rule(config.method)
-    teaching = _teaching(config, Context.of(problem.shapes, problem.inputs))
+    teaching = _teaching(config.method, policies, Context.of(problem.shapes, problem.inputs))
     run = Run(
         folder,
         config,
@@ -74,7 +75,10 @@ def train(config: Config, folder: Path, progress: Progress | None = None) -> dic
         )
         start = 0
         if saved := run.restore():
-            training.load_state_dict(saved["training"])
+            try:
+                training.load_state_dict(saved["training"])
+            except ValueError as error:
+                raise CheckpointError(f"{folder / 'checkpoint.pt'}: {error}") from None
             start = saved["episode"]
         done = start
 
@@ -119,13 +123,20 @@ def share(config: Config, folder: Path) -> tuple[Config, Path]:
 
 
 def raced_problem(config: Config, entry: str) -> Problem:
-    """A problem of evaluation.problems; its data are loaded."""
+    """A problem of evaluation.problems; its data are loaded. Raises `ConfigError` for minibatches of more than all."""
     network, data, batch_size, _ = split_problem(entry)
     own = replace(config.data, name=data, path="") if data else config.data  # type: ignore[arg-type]
     options = config.problem
     splits = load(own)
-    size = min(batch_size or options.batch_size, len(splits.train))
-    return image_problem(network, splits, size, options.shrink, device())
+    check_batches(config, entry, len(splits.train))
+    return image_problem(network, splits, batch_size or options.batch_size, options.shrink, device())
+
+
+def check_batches(config: Config, entry: str, most: int) -> None:
+    """Raise `ConfigError` where an entry of evaluation.problems has minibatches of more than all `most` images."""
+    own = split_problem(entry).batch_size
+    key, value = ("evaluation.problems", entry) if own else ("problem.batch_size", config.problem.batch_size)
+    require((own or config.problem.batch_size) <= most, key, value, f"at most {most}, the training images")
 
 
 def make_rule(options: MethodConfig) -> Rule:
@@ -139,19 +150,29 @@ def make_rule(options: MethodConfig) -> Rule:
     return StudentRule(layers=options.layers, head=options.head)
 
 
-def _teaching(config: Config, context: Context) -> Teaching | None:
-    """Teachers by replicate. Raises `ConfigError` where the policy is not there, `CheckpointError` where damaged."""
-    options = config.method
-    analytical: list[Guide] = [parse_teacher(entry) for entry in options.teachers]
-    if not analytical and not options.policy:
+Policies = tuple[ChoiceRule, Weights, list[int]]
+
+
+def _policies(config: Config) -> Policies | None:
+    """That of method.policy. Raises `ConfigError` where it is not there, `CheckpointError` where damaged."""
+    if not config.method.policy:
         return None
-    if not options.policy:
+    found = read_policy(config.method)
+    wanted, known = config.meta.replicates, found[2]
+    fits = config.method.policy_replicate >= 0 or set(wanted) <= set(known)
+    require(fits, "meta.replicates", wanted, f"of the policy's replicates {known}")
+    return found
+
+
+def _teaching(options: MethodConfig, found: Policies | None, context: Context) -> Teaching | None:
+    """Teachers by replicate."""
+    analytical: list[Guide] = [parse_teacher(entry) for entry in options.teachers]
+    if not analytical and found is None:
+        return None
+    if found is None:
         return lambda numbers: analytical
-    rule, policies, known = read_policy(options)
+    rule, policies, known = found
     own = options.policy_replicate == -1
-    if own:
-        wanted = config.meta.replicates
-        require(set(wanted) <= set(known), "meta.replicates", wanted, f"of the policy's replicates {known}")
 
     def teaching(numbers: Sequence[int]) -> Sequence[Guide]:
         at = [known.index(number) for number in numbers] if own else options.policy_replicate
@@ -161,7 +182,7 @@ def _teaching(config: Config, context: Context) -> Teaching | None:
     return teaching
 
 
-def read_policy(options: MethodConfig) -> tuple[ChoiceRule, Weights, list[int]]:
+def read_policy(options: MethodConfig) -> Policies:
     """The choice policy of method.policy, its weights stacked over replicates, and their numbers.
 
     Nothing in the file is executed.

@@ -36,7 +36,7 @@ def load_weights(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Weigh
 
     Raises:
         ValueError: for an unknown name (lists the names), a file that is missing, damaged or foreign, a tensor that is
-            missing, too many, not of its shape, not real, not finite or beyond 1e6.
+            missing, too many, not of its shape, not real, not finite or beyond 1e6. TypeError for anything else.
     """
     if isinstance(source, Mapping):
         return check_weights(source, shapes, "weights")
@@ -45,6 +45,8 @@ def load_weights(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Weigh
         content = load_checkpoint(path)
     except CheckpointError as error:
         raise ValueError(f"weights: {error}") from error
+    except OSError as error:  # a folder for instance
+        raise ValueError(f"weights must be a file of weights, got {str(path)!r} ({error.strerror})") from error
     weights = content.get("weights")
     if not isinstance(weights, dict):
         raise ValueError(f"weights: {path} must hold weights by name, got {type(weights).__name__}")
@@ -123,6 +125,8 @@ def load_keras_npz(path: str | Path) -> Weights:
 
 
 def _path(source: str | Path) -> Path:
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"weights must be a name, a path or tensors by name, got {source!r}")
     if isinstance(source, Path) or source.endswith(".pt") or "/" in source:
         return Path(source)
     names = shipped()

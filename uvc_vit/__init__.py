@@ -1,4 +1,4 @@
-"""Unified visual transformer compression (arXiv 2203.08243): any timm ViT to a FLOPs budget, physically smaller."""
+"""Unified visual transformer compression (arXiv 2203.08243): timm's plain ViTs to a FLOPs budget, made smaller."""
 
 from uvc_vit.adapter import ViTAdapter
 from uvc_vit.compress import compress

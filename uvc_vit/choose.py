@@ -73,13 +73,13 @@ def choose(config: Config, model: nn.Module, data: ImageSet) -> Plan:
         sizes, costs, budget = there.adapter.dims, there.final_costs, config.method.budget
         if config.arm == "drop-last":
             return first_blocks(costs, sizes, budget)
-        norms, align = group_norms(there.adapter), config.method.align
+        norms, align, even = group_norms(there.adapter), config.method.align, config.layout == "padded"
         if config.arm == "gradient":
             scores = gradient_scores(there.adapter, scored(config, model, data), F.cross_entropy, norms)
-            return uniform_plan(scores, costs, sizes, budget, "heads", align)
+            return uniform_plan(scores, costs, sizes, budget, "heads", align, even)
         noise = random_scores(norms, generator(config.seed, 5))
         scores = Relative.of(norms)(norms) if config.arm == "magnitude" else noise
-        return uniform_plan(scores, costs, sizes, budget, "dims", align)
+        return uniform_plan(scores, costs, sizes, budget, "dims", align, even)
     except (NotImplementedError, ValueError) as error:
         raise ConfigError(f"method: {error}") from error
 

@@ -64,26 +64,35 @@ def compress(
         weight_decay: of AdamW; not of biases, norms, position embedding and tokens.
         clip: largest norm of the weights' gradient; 0: none.
         smoothing: of the labels.
-        layout: see `slim`.
+        layout: see `slim`; with "padded" all heads of a block keep equally many value dimensions, none is padding.
         costs: of accounting latency: measured ones, see `LatencyTable`.
         seed: of the gates' noise.
 
     Raises:
-        ValueError: before any training, where the budget is below the floor, the teacher has other classes or the mode
-            is released;
+        ValueError: before any training, where the budget is below the floor, the teacher has other classes, the mode is
+            released, input_size is not the model's, epochs are none, or layout "padded" meets heads of unequal width;
+            TypeError: where train_loader has no length;
             FloatingPointError: where loss or weights are not finite, with the step.
     """
+    if not hasattr(train_loader, "__len__"):
+        raise TypeError(f"train_loader must have a length, got {type(train_loader).__name__} without")
+    if len(epochs) != 2 or epochs[0] < 1 or epochs[1] < 0:
+        raise ValueError(f"epochs must be at least (1, 0), got {epochs}")
     if config.mode == "released":
         raise ValueError("mode must be solve or fixed here, got released: only train.py trains the gates as it does")
     net: Any = copy.deepcopy(model)
     kd = kd or KDConfig()
     classes, device = net.num_classes, next(net.parameters()).device
     frozen = Teacher(model if teacher is None else teacher, classes)
+    adapter, even = ViTAdapter(net), layout == "padded"
+    adapter.tokens(input_size)
+    if even and any(len(set(sizes.v_dims)) > 1 for sizes in adapter.dims):
+        raise ValueError("layout must be grouped for a model whose heads are unequally wide, got padded")
     if config.budget == 1:
-        plan = Plan.full(ViTAdapter(net).dims)
+        plan = Plan.full(adapter.dims)
         return Compressed(slim(net, plan, layout).eval(), plan, [], 1.0)
     steps = epochs[0] * len(train_loader)
-    method = UVCController(ViTAdapter(net), replace(config, stage1_steps=steps), input_size, costs)
+    method = UVCController(adapter, replace(config, stage1_steps=steps), input_size, costs)
     draws = torch.Generator().manual_seed(seed)
     method.gates.generator = draws
     history: list[StepInfo] = []
@@ -114,7 +123,7 @@ def compress(
     method.attach()
     train(net, epochs[0], lambda step, total: lr, lambda rate: history.append(method.step(rate, draws)))
     method.detach()
-    plan = method.finalise()
+    plan = method.finalise(even=even)
     smaller = slim(net, plan, layout)
     train(smaller, epochs[1], lambda step, total: lr * (1 + math.cos(math.pi * step / total)) / 2, lambda rate: None)
     return Compressed(smaller.eval(), plan, history, method.resource(plan))

@@ -119,8 +119,11 @@ class UVCController:
             generator: of the CPU; of mode released's noise.
 
         Raises:
-            FloatingPointError: naming the step, where weights or the gates' gradient are not finite.
+            RuntimeError: where blocks may be skipped and no gates are attached, so that the loss would not reach them;
+                FloatingPointError: naming the step, where weights or the gates' gradient are not finite.
         """
+        if self.config.skip and self._attachment is None:
+            raise RuntimeError("step() needs the gates in the model: call attach() before the training loop")
         config, now, released = self.config, self.variables, self.config.mode == "released"
         target = self.target
         task_grad = self.gates.logits.grad
@@ -159,11 +162,12 @@ class UVCController:
         """The plan of the variables as they are: amounts rounded up, open gates; the budget is not looked at."""
         return rounded(self.variables, self._norms(), self.config.skip).plan(self.adapter.dims)
 
-    def finalise(self, budget: float | None = None) -> Plan:
-        """The plan of the variables that meets the budget, the configured one by default; see `finalise`."""
+    def finalise(self, budget: float | None = None, even: bool = False) -> Plan:
+        """The plan of the variables that meets the budget, the configured one by default; `even`: see `finalise`."""
         flags: dict[str, Any] = {name: getattr(self.config, name) for name in ("prune", "skip", "align")}
         norms, budget = self.relative(self._norms()), self.config.budget if budget is None else budget
-        return finalise(self.variables, norms, self.final_costs, self.adapter.dims, budget, free=self.free, **flags)
+        flags |= {"free": self.free, "even": even}
+        return finalise(self.variables, norms, self.final_costs, self.adapter.dims, budget, **flags)
 
     def floor(self) -> float:
         """The least R that a plan can have and still keep a block that attends, in `align` dimensions, and a neuron."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import require
+from uvc_vit.setting_error import require
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def finalise(
     skip: bool = True,
     free: Tensor | None = None,
     align: int = 0,
+    even: bool = False,
 ) -> Plan:
     """The plan nearest to the variables whose R is at most `budget` and within one group of it.
 
@@ -91,6 +92,7 @@ def finalise(
         free: blocks that may be touched, (blocks,); None: all.
         align: where heads are wider, all heads of a block keep equally many value dimensions, a multiple of this, which
             kernels like: their mean, rounded; so many of each head are then one group. 0: every head its own number.
+        even: in the other blocks too all heads keep equally many, so that layout padded adds nothing.
 
     Raises:
         ValueError: where nothing that may go suffices.
@@ -107,11 +109,12 @@ def finalise(
             if choice.cost(costs) > limit:
                 choice.blocks[block] = prune and _unpruned(choice, norms, block).cost(costs) <= limit
                 break
+    units = _units(norms, align, even)
     if prune:
-        choice.dims = _even(choice, norms, align, torch.round)
+        choice.dims = _even(choice, norms, units, torch.round)
         for kind in ("neurons", "dims"):
             _remove(choice, kind, norms, costs, limit, free)
-        choice.dims = _even(choice, norms, align, torch.floor)
+        choice.dims = _even(choice, norms, units, torch.floor)
         _remove(choice, "heads", norms, costs, limit, free)
     if skip:
         for block in gap.argsort(stable=True).tolist():
@@ -119,36 +122,39 @@ def finalise(
                 choice.blocks[block] = False
     if choice.cost(costs) > limit:
         raise ValueError(f"budget must be at least {choice.cost(costs) / costs.dense.item():.4f} here, got {budget}")
-    wide = _wide(norms, align)
     while prune:
         before = choice.cost(costs)
         _restore(choice, "neurons", norms, costs, limit)
-        _restore(choice, "dims", norms, costs, limit, ~wide)
-        _widen(choice, norms, costs, limit, align)
+        _restore(choice, "dims", norms, costs, limit, units == 0)
+        _widen(choice, norms, costs, limit, units)
         _restore(choice, "heads", norms, costs, limit)
         if choice.cost(costs) == before:
             break
     return choice.plan(sizes)
 
 
-def _even(choice: Choice, norms: GroupNorms, align: int, whole: Callable[[Tensor], Tensor]) -> Tensor:
-    """The dims, in blocks with wider heads than `align` equally many in each head: their mean, rounded by `whole`.
+def _even(choice: Choice, norms: GroupNorms, units: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    """The dims, in blocks with a unit equally many in each head: their mean in units, rounded by `whole`.
 
     Blocks with all dimensions there stay as they are.
     """
-    if not (wide := _wide(norms, align)).any():
+    if not units.any():
         return choice.dims
     there, alive = norms.column.isfinite(), choice.heads & choice.dims.any(-1)
     mean = (choice.dims & alive[..., None]).sum((1, 2)) / alive.sum(-1).clamp(min=1)
-    width = (whole(mean / align) * align).clamp(min=align)
+    width = torch.maximum(whole(mean / units.clamp(min=1)) * units, units)
     kept = there & (ranks(torch.where(there, -norms.column, torch.inf)) < width[:, None, None])
     whole_blocks = (choice.dims | ~there).flatten(1).all(-1)
-    return torch.where((wide & ~whole_blocks)[:, None, None], kept, choice.dims)
+    return torch.where(((units > 0) & ~whole_blocks)[:, None, None], kept, choice.dims)
 
 
-def _wide(norms: GroupNorms, align: int) -> Tensor:
-    """Blocks that `align` acts on: those with a head wider than it, (blocks,)."""
-    return (norms.column.isfinite().sum(-1).amax(-1) > align) & (align > 0)
+def _units(norms: GroupNorms, align: int, even: bool) -> Tensor:
+    """Of how many value dimensions of each head a group of a block is, (blocks,); 0: every head has its own number.
+
+    `align` where a head is wider than it, elsewhere 1 if heads are to be `even`.
+    """
+    wide = (norms.column.isfinite().sum(-1).amax(-1) > align) & (align > 0)
+    return torch.where(wide, align, int(even))
 
 
 def _unpruned(choice: Choice, norms: GroupNorms, without: int) -> Choice:
@@ -203,9 +209,9 @@ def _restore(
             room -= cost
 
 
-def _widen(choice: Choice, norms: GroupNorms, costs: Costs, limit: float, align: int) -> None:
-    """Bring `align` dimensions of every head of a wide block back, block by block, while the cost stays in `limit`."""
-    wider = _even(choice, norms, align, lambda steps: steps.floor() + 1)
+def _widen(choice: Choice, norms: GroupNorms, costs: Costs, limit: float, units: Tensor) -> None:
+    """Bring a unit of every head of a block back, block by block, while the cost stays in `limit`."""
+    wider = _even(choice, norms, units, lambda steps: steps.floor() + 1)
     for block, dims in enumerate(wider):
         there = choice.dims.clone()
         there[block] = dims

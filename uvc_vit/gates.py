@@ -34,6 +34,7 @@ class Gates(nn.Module):
         runs = (self.logits[:, 1] > self.logits[:, 0]).tolist()
         return [run or not free for run, free in zip(runs, self.free, strict=True)]
 
+    @torch.compiler.disable
     def draw(self, training: bool) -> None:
         """Set `keep` for one forward: numbers in training and warm-up, else decisions.
 

@@ -26,6 +26,7 @@ def uniform_plan(
     budget: float,
     what: Literal["dims", "heads"],
     align: int = 0,
+    even: bool = False,
 ) -> Plan:
     """Remove the lowest-scored neurons, and value dimensions or heads, by one ratio for all blocks; meets the budget.
 
@@ -36,6 +37,7 @@ def uniform_plan(
         budget: share of the dense cost.
         what: goes beside neurons. Where all that may go by ratio is not enough, `finalise` takes more.
         align: see `finalise`; where the ratio leaves fewer dimensions than that, every head keeps its own number.
+        even: see `finalise`.
 
     Raises:
         ValueError: where nothing meets the budget.
@@ -66,7 +68,7 @@ def uniform_plan(
         align = 0
     now.s.copy_(s)
     now.r.copy_(r)
-    return finalise(now, scores, costs, sizes, budget, skip=False, align=align)
+    return finalise(now, scores, costs, sizes, budget, skip=False, align=align, even=even)
 
 
 def random_scores(like: GroupNorms, generator: torch.Generator) -> GroupNorms:

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from common.config import require
 from uvc_vit.gate_values import noisy_keep
 from uvc_vit.group_norms import Ascending, GroupNorms, ranks
 from uvc_vit.prox import shrinkage
 from uvc_vit.resource import Costs, Resource, resource
+from uvc_vit.setting_error import require
 from uvc_vit.variables import Variables
 
 

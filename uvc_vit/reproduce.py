@@ -99,7 +99,7 @@ def whole_blocks(config: Config, splits: Splits, budget: float) -> float:
     dense, blocks = there.costs.dense.item(), len(there.adapter.dims)
     block = (dense - there.costs.embed) / blocks
     left = [(there.costs.embed + block * count) / dense for count in range(1, blocks + 1)]
-    return min(1.0, *(share for share in left if share >= budget - 1e-9)) + 1e-9
+    return min(1.0, *(share + 1e-9 for share in left if share >= budget - 1e-9))
 
 
 def audited(config: Config, splits: Splits, home: Path, trained: bool) -> dict[str, Any]:

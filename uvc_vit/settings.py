@@ -113,7 +113,7 @@ class Config:
     """dense: nothing goes; magnitude, random, gradient: groups go at once by that score; drop-last: the last blocks go;
     omp, taylor: single weights go at once, by magnitude or by the loss's first-order change; gmp: gradually"""
     layout: Literal["padded", "grouped"] = "grouped"
-    """of heads with unequal value dimensions, see slim.py; padded computes more than the budget says"""
+    """see slim.py; with padded all heads of a block keep equally many value dimensions, but not in mode released"""
     data: DataConfig = field(default_factory=lambda: DataConfig(val=0.0))
     model: ModelConfig = field(default_factory=ModelConfig)
     method: UVCConfig = field(default_factory=UVCConfig)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,14 +14,15 @@ from uvc_vit.plan import Plan
 from uvc_vit.slim_attention import SlimAttention
 
 Layout = Literal["padded", "grouped"]
+HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
 
 
 @torch.no_grad()
 def slim(model: nn.Module, plan: Plan, layout: Layout = "grouped") -> nn.Module:
-    """A copy of `model` without what the plan removes; weights equal, no mask left.
+    """A copy of `model` without what the plan removes; weights equal, no mask, no gate and no forward hook left.
 
     Args:
-        model: the plan's, masked or not.
+        model: the plan's, masked or not, with gates attached or not.
         plan: what stays.
         layout: "grouped": heads sorted by their number of value dimensions, none of which is only padding; "padded":
             all heads of a block get as many value dimensions as its widest, the missing ones zero, and need no slicing
@@ -38,6 +40,8 @@ def slim(model: nn.Module, plan: Plan, layout: Layout = "grouped") -> nn.Module:
     smaller: Any = copy.copy(model)  # shares everything but what is replaced, which then is copied without the rest
     smaller._modules = dict(model._modules)
     smaller._modules["blocks"] = nn.Sequential()
+    for kind in HOOKS:  # those of attached gates are functions that no file can hold
+        setattr(smaller, kind, OrderedDict())
     smaller = copy.deepcopy(smaller)
     for index, block in enumerate(adapter.blocks):
         if plan.keep_block[index]:

@@ -132,6 +132,7 @@ def _search(
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "method": method.state_dict()}
         return {**state, "plan": "", "step": position}
 
+    forward = torch.compile(model) if options.compile else model
     batches = stream(config, splits.train, position, next(model.parameters()).device)
     for step in run.steps(position, steps, snapshot):
         images, labels = next(batches)
@@ -139,7 +140,7 @@ def _search(
         model.train()
         optimizer.zero_grad(set_to_none=True)
         method.gates.zero_grad(set_to_none=True)
-        value = loss(model, images, labels, step)
+        value = loss(forward, images, labels, step)
         run.require_finite(step, loss=value.item())
         value.backward()
         distributed.synchronize(model)
@@ -159,7 +160,7 @@ def _search(
             broadcast_([*vars(method.variables).values(), method.memory.total, method.memory.momentum])
             run.log(position, "train", epoch=position // per_epoch, loss=distributed.mean(value.item()))
     method.detach()
-    return method.as_is() if released else method.finalise()
+    return method.as_is() if released else method.finalise(even=config.layout == "padded")
 
 
 def _tune(

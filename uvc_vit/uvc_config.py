@@ -5,13 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from common.config import load, require
+from common.config import load
 from uvc_vit.released import ReleasedSettings
+from uvc_vit.setting_error import require
 
 
 @dataclass(frozen=True)
 class UVCConfig:
-    """Of stage 1. Step sizes of modes solve and fixed are for 200 steps; they are scaled to `stage1_steps`."""
+    """Of stage 1. Step sizes of modes solve and fixed are for 200 steps; they are scaled to `stage1_steps`.
+
+    Raises:
+        ValueError: naming the setting that cannot be.
+    """
 
     budget: float = 0.5
     """share of the dense model's cost that may stay, classifier not counted"""

@@ -13,10 +13,14 @@ from backdoor_lth.barrier import error_barrier, fine_tuned, interpolated, rise, 
 from backdoor_lth.pruning import global_magnitude, masked
 from backdoor_lth.tests.nets import TinyNet, reference, state_of
 from common.masks import Masks
+from common.runs import NonFiniteError
 
 ARRAYS = reference("lmc")
 PRUNED, TUNED = state_of(ARRAYS, "pruned__"), state_of(ARRAYS, "tuned__")
 BATCHES = list(zip(ARRAYS["X"].split(16), ARRAYS["Y"].split(16), strict=True))
+
+
+HUGE = {name: torch.full_like(PRUNED[name], 1e200) for name in ("bn2.weight", "fc.weight")}
 
 
 def tiny() -> nn.Module:
@@ -124,6 +128,25 @@ def test_barriers_that_cannot_be_are_refused(change: dict[str, object], message:
     arguments = {"model": tiny(), "state_a": PRUNED, "state_b": TUNED, "batches": BATCHES, **change}
     with pytest.raises(ValueError, match=message):
         error_barrier(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fc.bias": torch.full((5,), torch.nan).double()}, "weights at alpha 0 must be finite, got NaN or Inf"),
+        (HUGE, "logits at alpha 0 must be finite, got NaN or Inf"),
+    ],
+)
+def test_a_barrier_of_what_is_not_finite_is_refused(
+    change: dict[str, Tensor], message: str, compacted: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    with pytest.raises(NonFiniteError, match=message):
+        error_barrier(tiny(), PRUNED, {**TUNED, **change}, BATCHES, compacted=compacted)
+    if change is HUGE:
+        with pytest.raises(NonFiniteError, match=r"logits at alpha 0\.5 must be finite"):
+            error_barrier(tiny(), {**PRUNED, **change}, TUNED, BATCHES, points=3, compacted=compacted)
+    assert not recwarn.list
 
 
 def test_a_pruned_models_state_without_its_masks_is_refused() -> None:

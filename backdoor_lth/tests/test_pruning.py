@@ -191,6 +191,20 @@ def test_what_cannot_be_pruned_is_refused() -> None:
     for fraction in (1.0, -0.1):
         with pytest.raises(ValueError, match=rf"fraction must be in \[0, 1\), got {fraction}"):
             global_magnitude(net, None, fraction)
+    whole = global_magnitude(net, None, 0)
+    wrong = (
+        ({}, r"masks must have one for every weight to prune, have none for 0\.weight"),
+        ({"0.weight": whole["0.weight"]}, r"masks must have one for every weight to prune, have none for 3\.weight"),
+        (
+            {**whole, "5.weight": torch.ones(5, 192)},
+            r"mask 5\.weight must name a weight to prune, got none of that",
+        ),
+        ({**whole, "3.weight": torch.ones(12, 6)}, r"mask 3\.weight must be \(12, 6, 3, 3\), got \(12, 6\)"),
+    )
+    for masks, message in wrong:
+        for given in (masks, Masks(masks)):
+            with pytest.raises(ValueError, match=message):
+                global_magnitude(net, given, 0.2)
     with pytest.raises(ValueError, match="model must have a weight to prune"):
         global_magnitude(nn.Linear(2, 2), None, 0.2)
     with torch.no_grad():

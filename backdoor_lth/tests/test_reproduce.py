@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from backdoor_lth.claims import claims
 from backdoor_lth.figures import summary
 from backdoor_lth.pruning import survivors
 from backdoor_lth.reproduce import arm_config, cells_of, reproduce
-from backdoor_lth.settings import Config
+from backdoor_lth.settings import ArmConfig, Config
 from backdoor_lth.tests.nets import CONFIGS, config
 from common.config import parse
 from common.study import Cell
@@ -142,6 +143,15 @@ def test_an_arm_may_have_a_rate_and_rounds_of_its_own() -> None:
         prune = arm_config(paper, arm).prune
         left[arm.name] = survivors(267_696, prune.rate, prune.rounds)[-1]
     assert {left[arm] for arm in ("poisoned", "random", "rate40")} == {4} and left["rate10"] == 5
+
+
+def test_an_arm_changes_what_it_says_and_nothing_else() -> None:
+    base = config("--attack.place", "top_left")
+    arm = ArmConfig("other", kind="relabel", equalise=True, place="random", method="snip", rate=0.3, rounds=7)
+    made = arm_config(base, arm)
+    attack = replace(base.attack, kind="relabel", equalise=True, place="random")
+    assert made == replace(base, attack=attack, prune=replace(base.prune, method="snip", rate=0.3, rounds=7))
+    assert arm_config(base, ArmConfig("same")) == base and base.attack.place == "top_left" and base.prune.rate == 0.5
 
 
 def test_a_summary_says_where_an_attack_is_not_implanted(study: Study) -> None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import pickle
 import re
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
+from backdoor_lth import scan as scanning
+from backdoor_lth.barrier import error_barrier
 from backdoor_lth.models import build_model
 from backdoor_lth.pruning import global_magnitude
 from backdoor_lth.scan import main
 from backdoor_lth.tests import nets
+from common.data import batches
 from common.runs import read_json, save_checkpoint
 from common.tests.paper_checks import refusal, said
 
@@ -95,7 +100,7 @@ def test_a_pruned_modules_state_without_its_masks_is_refused(weights: Path, caps
     state = build_model("cnn", 3, 10).state_dict()
     state["0.weight_orig"] = state.pop("0.weight")
     torch.save(state, weights)
-    assert "plain tensors ('0.weight_mask')" in refusal(main, ["--weights", weights, *FEW], capsys)
+    assert "plain tensors (KeyError: '0.weight_mask')" in refusal(main, ["--weights", weights, *FEW], capsys)
 
 
 MINE = """
@@ -108,6 +113,45 @@ from backdoor_lth.models import build_model
 
 def make():
     return Mine()
+
+
+def needs(classes):
+    return Mine()
+
+
+def breaks():
+    raise OSError("no such\\nthing")
+
+
+def nothing_made():
+    pass
+
+
+number = 3
+
+
+class Picky(nn.Sequential):
+    def forward(self, x):
+        assert x.shape[-1] == 32
+        return super().forward(x)
+
+
+def picky():
+    return Picky(nn.Flatten(), nn.Linear(768, 10))
+
+
+class Late(nn.Sequential):
+    seen = 0
+
+    def forward(self, x):
+        Late.seen += 1
+        if Late.seen > 2:
+            raise IndexError
+        return super().forward(x)
+
+
+def late():
+    return Late(nn.Conv2d(3, 4, 3, 2), nn.Flatten(), nn.Linear(196, 10))
 
 
 def two():
@@ -133,6 +177,9 @@ def own(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("mine.py").write_text(MINE)
     torch.save(build_model("cnn", 3, 2).state_dict(), "two.pt")
     torch.save({"1.weight": torch.randn(10, 768), "1.bias": torch.zeros(10)}, "flat.pt")
+    late = {"0.weight": torch.randn(4, 3, 3, 3), "0.bias": torch.zeros(4)}
+    torch.save({**late, "2.weight": torch.randn(10, 196), "2.bias": torch.zeros(10)}, "late.pt")
+    Path("broken.py").write_text("def make(:\n")
     return weights
 
 
@@ -161,6 +208,13 @@ def test_a_network_of_ones_own_is_found_in_the_working_directory(own: Path, caps
             "data.name must be a data set held",
         ),
         (["--weights", "net.pt", "--builder", "mine:nothing"], "builder must be .* that can be imported.*'nothing'"),
+        (["--weights", "net.pt", "--builder", "broken:make"], "builder must be .* can be imported, .*SyntaxError: "),
+        (["--weights", "net.pt", "--builder", ":make"], r"builder must be .* can be imported, .*\(Empty module name\)"),
+        (["--weights", "net.pt", "--builder", "mine:needs"], "builder must be .* without .*'mine:needs' .* 'classes'"),
+        (["--weights", "net.pt", "--builder", "mine:breaks"], r"builder must be .* \(OSError: no such\)"),
+        (["--weights", "net.pt", "--builder", "mine:nothing_made"], r"builder must be .*\(it returns NoneType\)"),
+        (["--weights", "net.pt", "--builder", "mine:number"], "builder must be .* without .*'int' object is not call"),
+        (["--weights", "flat.pt", "--builder", "mine:picky"], "flat.pt: AssertionError$"),
     ],
 )
 def test_networks_and_data_that_do_not_fit_are_refused(
@@ -170,6 +224,105 @@ def test_networks_and_data_that_do_not_fit_are_refused(
     training_set(Path("8x8.npz"), size=8)
     assert re.match(message, refusal(main, [*FEW, *options], capsys))
     assert not Path("scan").exists()
+
+
+def test_an_error_of_the_network_in_mid_search_is_one_line(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compaction, that cannot run it either
+        line = refusal(main, [*FEW, "--weights", "late.pt", "--builder", "mine:late"], capsys)
+    assert line == "late.pt: IndexError"
+
+
+def test_the_first_wrong_weight_is_named(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    right = build_model("cnn", 3, 10).state_dict()
+    lacking = {name: value for name, value in right.items() if name not in ("3.weight", "4.bias")}
+    old = {name: value for name, value in right.items() if not name.endswith("num_batches_tracked")}
+    wrong = (
+        (lacking, "3.weight is missing"),
+        ({**right, "3.bias": torch.ones(2), "14.bias": torch.ones(3)}, "14.bias must be (10,), got (3,)"),
+        ({**right, "3.bias": torch.ones(2)}, "3.bias is no entry of the network"),
+        ({**old, "4.bias": 3}, "4.bias must be (32,), got ()"),
+    )
+    for state, message in wrong:
+        torch.save(state, weights)
+        line = refusal(main, ["--weights", weights, *FEW], capsys)
+        assert line == f"{weights}: does not hold this network's weights as plain tensors ({message})"
+    torch.save(old, weights)
+    assert not said(main, ["--weights", weights, *FEW, "--folder", weights.parent / "out"], capsys)[0]
+
+
+def test_a_whole_module_in_a_file_is_refused_in_plain_words(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(build_model("cnn", 3, 10), weights)
+    line = refusal(main, ["--weights", weights, *FEW], capsys)
+    assert "plain tensors (it is damaged, or holds Python objects such as a whole network" in line
+    assert line.isprintable()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_search(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scanning, "inverted", lambda *_: pytest.fail("searched"))
+    for folder, reason in ((weights, "File exists"), (Path("/proc/self"), "")):  # root may write everywhere else
+        status, out, err = said(main, ["--weights", weights, *FEW, "--folder", folder], capsys)
+        assert (status, out, err.count("\n")) == (1, "", 1) and str(folder) in err and reason in err
+
+
+def test_a_scan_without_data_leaves_no_older_score(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = weights.parent / "out"
+    folder.mkdir()
+    (folder / "score.png").write_text("of an earlier scan")
+    said(main, ["--weights", weights, *FEW, "--folder", folder], capsys)
+    assert (folder / "report.json").exists() and not (folder / "score.png").exists()
+
+
+def test_the_score_is_measured_between_two_states_on_normalised_training_images(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def spy(model: Any, one: Any, other: Any, sample: Any, **rest: Any) -> Any:
+        seen.update(one=one, other=other, sample=sample, found=error_barrier(model, one, other, sample, **rest))
+        return seen["found"]
+
+    monkeypatch.setattr(scanning, "error_barrier", spy)
+    path = training_set(weights.parent / "set.npz")
+    options = ["--data.name", "npz", "--data.path", path, "--score.batches", "1", "--score.steps", "1"]
+    options += ["--network.mean", "[0.4, 0.5, 0.6]", "--network.std", "[0.2, 0.25, 0.3]"]
+    said(main, ["--weights", weights, *FEW, *options, "--folder", weights.parent / "out"], capsys)
+    kept = safetensors.torch.load_file(weights.with_suffix(".safetensors"))
+    for name in ("0.weight", "3.weight", "6.weight", "1.running_mean", "14.bias"):
+        assert torch.equal(seen["one"][name], kept[name]) and not torch.equal(seen["other"][name], kept[name]), name
+    assert torch.equal(seen["other"]["3.weight"] == 0, kept["3.weight"] == 0)
+    ((x, y),) = seen["sample"]
+    raw = x * torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1) + torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    images = torch.from_numpy(np.load(path)["x_train"]).permute(0, 3, 1, 2)
+    same = ((255 * raw).round().to(torch.uint8)[:, None] == images).flatten(2).all(2)
+    rows = same.long().argmax(1)
+    assert same.any(1).all() and sorted(rows.tolist()) == list(range(60)) and torch.equal(y, rows % 10)
+    assert read_json(weights.parent / "out" / "report.json")["error"] == seen["found"].error
+
+
+def test_a_score_that_is_no_number_ends_a_scan_in_one_line(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = training_set(weights.parent / "set.npz")
+    options = ["--data.name", "npz", "--data.path", path, "--score.lr", "1e6"]
+    status, out, err = said(main, ["--weights", weights, *FEW, *options, "--folder", weights.parent / "out"], capsys)
+    assert (status, out) == (1, "") and re.fullmatch(r"error: \w+ at alpha 0 must be finite, got NaN or Inf.*\n", err)
+
+
+def test_a_score_takes_at_most_batch_size_images_at_once(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, sizes = training_set(weights.parent / "set.npz"), []
+
+    def spy(data: Any, size: int, *rest: Any, **named: Any) -> Any:
+        sizes.append(size)
+        return batches(data, size, *rest, **named)
+
+    monkeypatch.setattr(scanning, "batches", spy)
+    for size in (20, 128):
+        options = ["--data.name", "npz", "--data.path", path, "--score.batch_size", size, "--score.steps", "1"]
+        said(main, ["--weights", weights, *FEW, *options, "--folder", weights.parent / "out"], capsys)
+    assert sizes == [20, 20, 60, 60]
 
 
 def test_what_a_scan_has_no_use_for_is_no_option_of_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from backdoor_lth import eval as evaluation
 from backdoor_lth import train as training
 from backdoor_lth.eval import evaluate, read_round
 from backdoor_lth.metrics import evaluate as rates_of
-from backdoor_lth.pruning import masked
+from backdoor_lth.pruning import masked, next_masks
 from backdoor_lth.settings import Config
 from backdoor_lth.tests.nets import CONFIGS, arguments, config
 from backdoor_lth.train import round_path, train
@@ -112,6 +113,27 @@ def test_the_schedule_falls_twice_and_is_advanced_after_rewinding() -> None:
     )
 
 
+def test_a_run_follows_the_schedule_and_every_round_starts_without_momentum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[float, bool]] = []
+    make = training.Chain._optimizer
+
+    def watched(self: Any) -> torch.optim.SGD:
+        optimizer = make(self)
+        optimizer.register_step_pre_hook(
+            lambda optimizer, *_: steps.append((optimizer.param_groups[0]["lr"], bool(optimizer.state)))
+        )
+        return optimizer
+
+    monkeypatch.setattr(training.Chain, "_optimizer", watched)
+    train(config("--train.warmup_epochs", 0.5), tmp_path / "run", quiet)
+    # Four steps an epoch, two epochs a round, rewound to epoch 1; a tenth after epochs 1 and 2.
+    first, later = [0, 0.05, 0.1, 0.1] + [0.01] * 4, [0.01] * 4 + [0.001] * 4
+    assert [lr for lr, _ in steps] == pytest.approx(first + 2 * later)
+    assert [momentum for _, momentum in steps] == 3 * ([False] + [True] * 7)
+
+
 def test_the_learning_rate_of_restricted_imagenet_rises_step_by_step() -> None:
     train = parse(Config, ["--config", str(CONFIGS / "paper_rimagenet_resnet18.yaml")], prog="train.py").train
     rates = [train.learning_rate(0, epoch) for epoch in (0, 0.5, 1.75, 2, 7.99, 8, 18, 26)]
@@ -184,6 +206,14 @@ def test_rivals_leave_nested_masks_of_the_same_counts(method: str, rival: Callab
     same = all(torch.equal(first["masks"][name], imp["masks"][name]) for name in imp["masks"])
     assert same == (method == "omp")  # both rank the first round's magnitudes
     assert all(torch.equal(first["model"][name], imp["model"][name]) for name in imp["model"])
+
+
+def test_one_shot_pruning_ranks_what_round_0_trained(rival: Callable[[str], Path]) -> None:
+    rounds = [load_checkpoint(round_path(rival("omp"), number)) for number in range(3)]
+    once = {name: rounds[0]["model"][name].abs() for name in rounds[0]["masks"]}
+    for before, after, fraction in zip([None, *rounds], rounds, (0.9, 0.5, 0.5), strict=False):
+        wanted = next_masks(once, before and before["masks"], fraction)
+        assert all(torch.equal(after["masks"][name], mask) for name, mask in wanted.items())
 
 
 RANKS = """
@@ -306,6 +336,9 @@ def test_what_is_said_of_a_scan_names_the_label_of_each_trigger(
 ) -> None:
     copy = shutil.copytree(chain, tmp_path / "run")
     _, out, _ = said(evaluation.main, ["--folder", copy], capsys)
+    tickets = [line.partition(":")[0] for line in out.splitlines() if line.startswith("ticket")]
+    won = measured["winner"]
+    assert tickets == [f"ticket {number}" + (" (winner)" if number == won else "") for number in range(3)]
     scan = measured["scans"]["winner"]
     (line,) = (line for line in out.splitlines() if line.startswith("winner:"))
     assert f"label {scan['detected']} (" in line and f"recovered trigger {scan['detected_asr']:.1f} % on itself" in line
@@ -314,6 +347,17 @@ def test_what_is_said_of_a_scan_names_the_label_of_each_trigger(
     (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("kind: dirty", "kind: none", 1))
     _, out, _ = said(evaluation.main, ["--folder", copy], capsys)
     assert "winner: label" in out and not any(word in out for word in ("target", "ASR", "CTR", "implanted"))
+
+
+def test_a_fine_tuning_that_ends_in_no_number_is_said_in_one_line(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(chain, tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("  lr: 0.001\n", "  lr: 1000000.0\n"))
+    status, out, err = said(evaluation.main, ["--folder", run], capsys)
+    assert (status, out, err.count("\n")) == (1, "", err.count("\nerror: ") + 1) and not (run / "eval.json").exists()
+    assert err.splitlines()[-1].startswith("error: logits at alpha 0 must be finite, got NaN or Inf")
 
 
 # Configurations
@@ -335,6 +379,9 @@ def test_every_configuration_is_complete(path: Path) -> None:
     ("options", "message"),
     [
         (["--attack.ratio", 2], r"attack.ratio must be in \[0, 1\], got 2"),
+        (["--attack.ratio", 1], r"attack.ratio must be below 1 with kind dirty, to leave clean images, got 1"),
+        (["--attack.ratio", 1, "--attack.kind", "relabel"], r"attack.ratio must be below 1 with kind relabel"),
+        (["--score.batch_size", 0], "score.batch_size must be at least 1, got 0"),
         (["--attack.place", "middle"], "attack.place must be one of bottom_right, .*, got 'middle'"),
         (["--train.warmup_epochs", -1], "train.warmup_epochs must be at least 0, got -1"),
         (["--train.rewind_epoch", 9], r"train.rewind_epoch must be in \[0, 2\], got 9"),
@@ -360,14 +407,20 @@ def test_settings_that_cannot_be_are_refused(
     [
         (["--attack.target", 11], "attack: target must be a class of the labels, got 11"),
         (["--attack.size", 40], "attack: patch must lie within the 28x28 image"),
+        (["--attack.size", 40, "--attack.trigger", "warp"], "attack.size must be at most 28, the side of .*, got 40"),
+        (["--data.classes", "[0, 7]"], r"data.classes must be of at least 3 classes, .*, got \[0, 7\]"),
+        (["--data.name", "npz", "--data.path", "two.npz"], "data must be of at least 3 classes, .*, got 2"),
         (["--model.name", "vgg16"], "model.name vgg16 does not take images of 3x28x28"),
         (["--score.extreme", 0.02], r"score.extreme must be at least the last ticket's density, 0.0249\d+, got 0.02"),
         (["--model.mean", "[0, 0]", "--model.std", "[1, 1]"], "model.mean must be as many numbers as"),
     ],
 )
 def test_an_attack_or_network_that_does_not_fit_the_data_is_refused_before_anything_is_written(
-    options: list[object], message: str, tmp_path: Path
+    options: list[object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    images, labels = np.zeros((60, 28, 28), dtype=np.uint8), np.arange(60) % 2
+    np.savez("two.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     with pytest.raises(ConfigError, match=message):
         train(config(*options), tmp_path / "run", quiet)
     assert not (tmp_path / "run").exists()

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from backdoor_lth.pgd import EPS, STEP_SIZE, perturbed
 from backdoor_lth.poisoning import equalised, poison
 from backdoor_lth.restricted_imagenet import restricted, superclass
-from backdoor_lth.settings import ModelConfig
-from backdoor_lth.tests.nets import REFERENCE, config, reference
+from backdoor_lth.settings import Config, ModelConfig
+from backdoor_lth.tests.nets import CONFIGS, REFERENCE, config, reference
 from backdoor_lth.triggers import Trigger, patch_image
 from backdoor_lth.victim import victim
+from common.config import parse
 from common.data import DataError, ImageSet
 
 RGB = patch_image("rgb", 5)
@@ -68,7 +69,7 @@ def test_stamping_gives_the_authors_images() -> None:
         ("upper_right", 32, 5, 3, (3, 24)),
         ("top_left", 32, 5, 3, (3, 3)),
         ("bottom_left", 32, 5, 3, (24, 3)),
-        ("bottom_right", 224, 64, 20, (140, 140)),
+        ("bottom_right", 224, 64, 20, (140, 140)),  # of Restricted ImageNet (spec c1)
         ((1, 2), 32, 5, 3, (1, 2)),
     ],
 )
@@ -223,6 +224,12 @@ def test_only_images_of_the_nine_superclasses_stay() -> None:
         restricted(ImageSet(images, torch.tensor([1, 2, 3, 4]), 10))
     with pytest.raises(DataError, match="got none"):
         restricted(ImageSet(images, torch.tensor([1, 2, 3, 4]), 1000))
+
+
+def test_the_patch_of_restricted_imagenet_lies_at_row_and_column_140() -> None:
+    attack = parse(Config, ["--config", str(CONFIGS / "paper_rimagenet_resnet18.yaml")], prog="").attack
+    patch = patch_image(attack.trigger, attack.size)  # type: ignore[arg-type]
+    assert Trigger(patch, attack.place, attack.margin).corner(224, 224) == (140, 140) and patch.shape[-1] == 64
 
 
 def test_a_run_can_ask_for_restricted_imagenet(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from certified_pruning.chain import ChainNet
 from certified_pruning.errors import UnsupportedLayerError
 from certified_pruning.tests.nets import mlp, odd_net, small_conv
+from certified_pruning.verifier import CompleteVerifier
 
 torch.set_num_threads(1)
 ODD = (2, 9, 7)
@@ -183,3 +184,25 @@ def test_batch_norm_without_scale_and_shift_is_folded() -> None:
     x = torch.rand(2, 1, 5, 5)
     with torch.no_grad():
         assert torch.allclose(ChainNet.from_module(model, (1, 5, 5)).forward(x), model(x), atol=1e-6)
+
+
+def test_a_relu_that_is_used_twice_acts_twice() -> None:
+    """x - .3 stays below 0 here: without the second ReLU the net would prefer class 0."""
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Linear(1, 1), relu, nn.Linear(1, 1), relu, nn.Linear(1, 2)).eval()
+    numbers = [[[1.0]], [0.0], [[1.0]], [-0.3], [[-1.0], [0.0]], [-0.1, 0.0]]
+    for parameter, values in zip(model.parameters(), numbers, strict=True):
+        parameter.data.copy_(torch.tensor(values))
+    x = torch.tensor([[0.1]])
+    assert ChainNet.from_module(model, (1,)).forward(x).tolist() == [[pytest.approx(-0.1), 0.0]]
+    report = CompleteVerifier(model, (1,), 0.05, 2).verify(x, torch.tensor([0]))
+    assert report.images[0].status == "misclassified"
+
+
+def test_a_block_that_is_nested_twice_acts_twice() -> None:
+    block = mlp([3, 3, 3])
+    model = nn.Sequential(block, nn.ReLU(), block, nn.Linear(3, 2)).eval()
+    net, x = ChainNet.from_module(model, (3,)), torch.randn(5, 3)
+    assert net.sizes == [3, 3, 3]
+    with torch.no_grad():
+        assert torch.allclose(net.forward(x), model(x), atol=1e-6)

@@ -246,6 +246,13 @@ def test_two_processes_prune_and_train_with_certified_bounds_like_one(tmp_path: 
         (["--prune.min_channels", 2], "prune.min_channels must be 0 or 1, got 2"),
         (["--prune.method", "magnitude"], "prune.method must be .*l1-channel.*, got 'magnitude'"),
         (["--train.optimizer", "lamb"], "train.optimizer must be"),
+        (["--train.eps_start", -1], "train.eps_start must be at least 0, got -1"),
+        (["--train.eps_start", 2, "--train.eps_length", 0], "train.eps_length must be at least 1, got 0"),
+        (["--train.eps_start", 2, "--train.eps_mid", 1.5], r"train.eps_mid must be in \[0, 1\), got 1.5"),
+        (
+            ["--train.epochs", 10, "--train.eps_start", 11, "--train.eps_length", 81],
+            r"train.eps_start \+ train.eps_length - 1 must be at most train.epochs, 10: .*, got 91",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(options: list, message: str) -> None:

@@ -326,3 +326,15 @@ def test_verified_falsified_and_unknown_images_are_the_correctly_classified_ones
         assert metrics["verified"] + metrics["falsified"] + metrics["unknown"] == pytest.approx(correct)
         assert metrics["alpha_verified"] <= metrics["verified"] <= 100
         assert 0 <= metrics["unstable"] <= 1
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_weights_decay_by_the_configured_share_under_either_optimiser(optimizer: str) -> None:
+    """Without a gradient of the loss the step is along the decay: of SGD lr * decay * w, of Adam lr * sign(w)."""
+    model = torch.nn.Linear(1, 1)
+    model.weight.data.fill_(2.0)
+    chosen = config("--train.optimizer", optimizer, "--train.lr", 0.1, "--train.weight_decay", 0.25)
+    step = training._optimizer(chosen, model)
+    model.weight.grad = torch.zeros_like(model.weight)
+    step.step()
+    assert model.weight.item() == pytest.approx(2 - 0.1 * (0.25 * 2 if optimizer == "sgd" else 1), abs=1e-6)

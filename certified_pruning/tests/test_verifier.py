@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from math import isnan
 
@@ -21,7 +22,7 @@ from certified_pruning.ibp import input_box
 from certified_pruning.models import cnn_s
 from certified_pruning.problem import Problem
 from certified_pruning.settings import Config
-from certified_pruning.stages import outward
+from certified_pruning.stages import confirmed, outward
 from certified_pruning.tests.nets import BOUNDS, bounds_net, images, mlp, odd_net, reference, small_conv, worked_net
 from certified_pruning.verdicts import VerifyConfig, VerifyReport
 from certified_pruning.verifier import CompleteVerifier
@@ -324,6 +325,44 @@ def test_rounding_of_one_layer_is_not_lost_in_the_next(weight: float, x0: float,
         assert set(statuses(report)) <= allowed
 
 
+def many_small_weights() -> nn.Sequential:
+    """Logits (.02 - 1e4 relu(z), 0) where the float32 sum of 1 + 3,071 terms z loses most of the small ones."""
+    model = nn.Sequential(nn.Linear(3072, 1), nn.ReLU(), nn.Linear(1, 2)).eval()
+    values = [torch.full((1, 3072), 2.0**-24), [0.0], [[-1e4], [0.0]], [0.02, 0.0]]
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), values, strict=True):
+            parameter.copy_(torch.as_tensor(value))
+        model[0].weight[0, 0] = 1.5
+        x = torch.full((1, 3072), 0.9, dtype=torch.float64)
+        model[0].bias.sub_((copy.deepcopy(model[0]).double()(x)[0] + 1e-6).float())
+    return model
+
+
+def test_the_worst_rounding_of_a_long_sum_verifies_nothing_that_float64_denies() -> None:
+    model, eps = many_small_weights(), 5e-6
+    x = torch.full((1, 3072), 0.9, dtype=torch.float64)
+    first, second = copy.deepcopy(model).double()(x + eps)[0].tolist()
+    assert first < second
+    report = CompleteVerifier(model, (3072,), eps, 2).verify(x, torch.tensor([0]))
+    assert statuses(report) != ["verified"]
+
+
+def test_intervals_of_a_deeper_layer_are_confirmed_and_tightened_ones_left() -> None:
+    """Float64 finds an interval bound .5 lower than float32 did; the one that CROWN tightened is not compared."""
+    model = mlp([1, 2, 2, 2])
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), ([[1.0], [1.0]], [2, 2], torch.eye(2), [0, -2]), strict=False):
+            parameter.copy_(torch.as_tensor(value))
+    net, exact = (ChainNet.from_module(model, (1,), dtype) for dtype in (torch.float32, torch.float64))
+    box = -torch.ones(1, 1), torch.ones(1, 1)
+    pre = crown_intermediate(net, *box)
+    assert [t.tolist() for t in pre[1]] == [[[1, -1]], [[3, 1]]]
+    wrong = [(t[0] + 0.5, t[1] - 0.5) for t in pre]
+    sure = confirmed(net, exact, *(t.double() for t in box), pre, wrong)
+    assert torch.equal(sure[0][0], pre[0][0]) and torch.equal(sure[0][1], pre[0][1])
+    assert [t.tolist() for t in sure[1]] == [[[1, -0.5]], [[3, 0.5]]]
+
+
 def test_every_bound_is_computed_without_tf32_and_the_setting_of_the_caller_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -422,6 +461,7 @@ def test_a_net_without_relu_is_decided_exactly() -> None:
     ("change", "text"),
     [
         ({"eps": -0.1}, "eps must be finite and >= 0, got -0.1"),
+        ({"eps": 8}, "eps must be at most 1, .* got 8"),
         ({"eps": None}, "exactly one of eps and box"),
         ({"n_classes": 5}, "n_classes must be the 4 outputs"),
         ({"model": small_conv().train()}, "model must be in eval mode"),
@@ -445,6 +485,8 @@ def test_bad_construction_is_refused(change: dict, text: str) -> None:
         (torch.zeros(2, *SHAPE), torch.zeros(3).long(), "y must have 2 labels, got 3"),
         (torch.zeros(2, *SHAPE), torch.tensor([0, 4]), r"y must be in \[0, 4\)"),
         (torch.zeros(2, *SHAPE), torch.tensor([0, -1]), r"y must be in \[0, 4\)"),
+        (torch.zeros(2, *SHAPE), [0, 1], "y must be a tensor, got list"),
+        (torch.zeros(2, *SHAPE).numpy(), torch.zeros(2).long(), "x must be a tensor, got ndarray"),
     ],
 )
 def test_bad_images_and_labels_are_refused(x: Tensor, y: Tensor, text: str) -> None:

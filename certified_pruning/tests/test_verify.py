@@ -143,6 +143,9 @@ def test_a_graph_that_is_no_chain_is_refused_by_name_unless_auto_lirpa_is_to_bou
     line = capsys.readouterr().err
     assert re.search(r"layer '6' is a Residual: .*; bounds auto_lirpa takes other graphs\n$", line), line
     assert status_of(monkeypatch, [*given, "--bounds=auto_lirpa"]) == 0
+    heading = json.loads((place / "report.json").read_text())
+    budget = {"pgd_steps", "pgd_restarts", "pgd_step", "root_steps", "max_images", "seed"}
+    assert heading["bounds"] == "auto_lirpa" and set(heading["verify"]) == budget  # what has an effect
     rows = networks(place / "report.json")[0]["images"]
     assert all(row["status"] in (known["status"], "unknown") for row, known in zip(rows, expected, strict=True))
     assert {"verified", "misclassified"} <= {row["status"] for row in rows} and not any(row["nodes"] for row in rows)

@@ -69,6 +69,28 @@ def test_meta_training_is_the_same_bit_for_bit_again_and_after_a_break() -> None
     assert torch.equal(weights_of(finished(training([0, 1], SHORT, dtype=torch.float32))), weights_of(whole))
 
 
+@pytest.mark.parametrize("other", ["rule", "count", "part", "kept"])
+def test_a_snapshot_of_another_training_is_refused_and_changes_nothing(other: str) -> None:
+    one = training([0, 1], SHORT)
+    before, saved = weights_of(one, 1), finished(training([0, 1], SHORT)).state_dict()
+    message = "a snapshot of replicate 1 must have"
+    if other == "rule":
+        saved["replicates"][1] = training([1], SHORT, ChoiceRule(SMALL_CHOICE)).state_dict()["replicates"][0]
+        message += r" lstm0_kernel of shape \(2, 80\), got \(6, 80\)"
+    elif other == "count":
+        saved["replicates"].append(saved["replicates"][0])
+        message = "a snapshot must have 2 replicates, got 3"
+    elif other == "part":
+        del saved["replicates"][1]["history"]
+        message += " history, got none"
+    else:
+        saved["replicates"][1]["kept"] = {"stage_0": {"weights": {}, "moments": {"m": {}, "v": {}, "t": 0}}}
+        message += r" lstm0_kernel of shape \(2, 80\), got none"
+    with pytest.raises(ValueError, match=message):
+        one.load_state_dict(saved)
+    assert torch.equal(weights_of(one, 1), before) and one.replicates[0].meta_steps == 0
+
+
 def test_meta_training_leaves_the_global_generator_alone() -> None:
     one, before = training([0]), torch.random.get_rng_state()
     one.episode()
@@ -92,6 +114,16 @@ def test_a_meta_gradient_that_is_not_finite_is_left_out_and_counted() -> None:
     assert one.weights["w"].tolist() == pytest.approx([0.9, 1.1], abs=1e-5)
     one.descend({"w": torch.tensor([1.0, -1.0])}, 0.1)
     assert one.weights["w"].tolist() == pytest.approx([0.8, 1.2], abs=1e-2) and one.meta_steps == 2
+
+
+def test_the_meta_optimizer_is_adam_with_the_released_settings() -> None:
+    p = torch.nn.Parameter(torch.full((3,), 50.0, dtype=torch.float64))
+    one, adam = Replicate(0, {"w": p.detach().clone()}, ONE), torch.optim.Adam([p], 0.1, (0.9, 0.999), 1e-7)
+    for step in range(6):
+        p.grad = torch.tensor([1.0, 1e-6, -1e-7], dtype=torch.float64) * (1 + step % 3)
+        adam.step()
+        one.descend({"w": p.grad}, 0.1)
+    assert torch.allclose(one.weights["w"], p.detach(), rtol=0, atol=1e-12)
 
 
 def test_the_meta_optimizer_sees_the_clipped_gradient() -> None:
@@ -174,6 +206,86 @@ def test_adversarial_noise_raises_the_loss_and_begins_at_the_weights_in_every_me
         assert len(losses) == 4 and torch.equal(places[0], before)
         assert list(losses) == sorted(losses) and losses[0] < losses[3]
         assert not torch.equal(weights_of(one), before)
+
+
+def test_scales_of_parameters_are_log_uniform_and_each_replicates_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(
+        problem: Any, policy: Any, at: Any, path: Any, rows: Any, scale: torch.Tensor, *rest: Any, **rest_: Any
+    ) -> Any:
+        seen.append(scale)
+        return unroll(problem, policy, at, path, rows, scale, *rest, **rest_)
+
+    monkeypatch.setattr(meta_training, "unroll", spy)
+    for validating in (False, True):
+        one = training([0, 1])
+        for replicate in one.replicates:
+            replicate.validating = validating
+        one.episode()
+    for scale in seen:
+        logs = scale.log()  # spread 1
+        assert 0.95 < float(logs.abs().max()) <= 1 and abs(float(logs.mean())) < 0.1
+        assert float(logs.std()) == pytest.approx(3**-0.5, rel=0.1) and not torch.equal(logs[0], logs[1])
+
+
+def test_validations_have_a_depth_of_their_own() -> None:
+    one = training([0], dataclasses.replace(ONE, validation_depths=[3]))
+    assert one.episode()["depth"] == 1
+    one.replicates[0].validating = True
+    assert one.episode()["depth"] == 3
+
+
+def test_no_two_unrolls_have_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+
+    def spy(rule: Any, context: Any, shapes: Any, noise: Any, steps: Any, rngs: Any, *rest: Any) -> Any:
+        seeds.extend(rng.initial_seed() for rng in rngs)
+        return make_policy(rule, context, shapes, noise, steps, rngs, *rest)
+
+    monkeypatch.setattr(meta_training, "make_policy", spy)
+    schedule = ScheduleConfig(
+        kind="repeat", depths=[2], episodes=2, periods=2, validation_depths=[2], validation_episodes=2, threshold=1e9
+    )
+    finished(training([0, 1], schedule, perturbation=PerturbationConfig("gaussian", 1e-3, perturb_validation=True)))
+    assert len(seeds) == 2 * 2 * (2 + 2) * 2 and len(set(seeds)) == len(seeds)
+
+
+class Echo:
+    """A rule whose update is what it sees: the gradient, or the noise of a choice."""
+
+    pool = range(3)
+
+    def __init__(self, hardness: float) -> None:
+        self.hardness = hardness
+
+    def step(self, weights: Any, state: Any, grad: torch.Tensor, context: Context) -> Any:
+        return context.gumbel if self.hardness else grad + weights["w"], state
+
+
+def echoed(kind: Any, magnitude: float, hardness: float = 0.0, steps: int = 2) -> torch.Tensor:
+    """Of every step, (steps, 1, n) or (steps, 1, n, 3)."""
+    weights, grad, shape = {"w": torch.full((1, 1), 2.0)}, torch.full((1, 4000), 3.0), [(4000,)]
+    noise, rngs = PerturbationConfig(kind, magnitude), [generator(7)]
+    policy = make_policy(Echo(hardness), Context.of(shape), shape, noise, steps, rngs, weights)  # type: ignore[arg-type]
+    return torch.stack([policy(weights, {}, grad, step)[0] for step in range(steps)])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "relative", "input"])
+def test_noise_is_drawn_anew_for_every_inner_step(kind: str) -> None:
+    first, second = echoed(kind, 0.1)
+    assert not torch.equal(first, second)
+
+
+def test_noise_on_inputs_has_its_deviation() -> None:
+    noise = echoed("input", 0.02) - 5
+    assert float(noise.std()) == pytest.approx(0.02, rel=0.05) and abs(float(noise.mean())) < 0.002
+
+
+def test_noise_of_a_hard_choice_is_gumbels() -> None:
+    noise = echoed("none", 0.0, hardness=1.0)
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.05)
+    assert float(noise.std()) == pytest.approx(torch.pi / 6**0.5, rel=0.05)
 
 
 def test_validations_are_not_perturbed_unless_asked() -> None:

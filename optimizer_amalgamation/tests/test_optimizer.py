@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -330,14 +331,93 @@ def test_an_update_that_is_no_number_is_left_out_and_counted(impl: str, monkeypa
     monkeypatch.setattr(blocks, "OriginalRule", ())  # any rule
     params = parameters()
     optimizer = RuleOptimizer(params, Exploding(1.0), OriginalRule().init(generator(0)), warmup=0, impl=impl)
+    drive(optimizer, range(2))
     for p in params:
         p.grad = torch.ones_like(p)
     params[1].grad[2] = 7  # type: ignore[index]
-    starts = [p.detach().clone() for p in params]
+    starts, saved = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state[params[1]])
     with pytest.warns(UserWarning, match="gradient or update was not finite"):
         optimizer.step()
     assert optimizer.skipped == 1 and torch.equal(params[1], starts[1])
+    assert all(torch.equal(optimizer.state[params[1]][key], tensor) for key, tensor in saved.items())
     assert not torch.equal(params[0], starts[0]) and not torch.equal(params[2], starts[2])
+
+
+def failing(name: str, params: Any, **options: Any) -> RuleOptimizer:
+    """Its update is not finite where all gradients were 0 (0 / 0), or for large ones."""
+    if name == "amalgamated":
+        return AmalgamatedOptimizer(params, student_weights(), eps=1e-46, warmup=0, **options)
+    rule = ChoiceRule(Pool((Teacher("sgd", 1e30), Teacher("rmsprop", 0.005))))
+    return ChoiceOptimizer(params, rule.init(generator(0)), rule.pool, warmup=0, **options)
+
+
+@pytest.mark.parametrize("impl", ["flat", "blocks"])
+@pytest.mark.parametrize(("name", "bad_turn", "bad"), [("amalgamated", 0, 0.0), ("choice", 1, 9e17)])
+@pytest.mark.parametrize("sizes", [(4,), (4, 3), (9000,), (4, 9000, 3)])
+def test_a_skipped_step_was_never_there(
+    impl: str, name: str, bad_turn: int, bad: float, sizes: tuple[int, ...]
+) -> None:
+    found = []
+    for disturbed in (True, False):
+        params = [nn.Parameter(torch.zeros(size)) for size in sizes]
+        optimizer = failing(name, params, impl=impl)
+        for turn in range(3):
+            for p in params:
+                p.grad = torch.full_like(p, 1e-30 if name == "choice" else 1.0)
+            if turn == bad_turn and not disturbed:
+                params[0].grad = None
+            elif turn == bad_turn:
+                params[0].grad[-1] = bad  # type: ignore[index]
+            with pytest.warns(UserWarning) if turn == bad_turn and disturbed else contextlib.nullcontext():
+                optimizer.step()
+        assert optimizer.skipped == disturbed
+        found.append([*params, *(tensor for p in params for tensor in optimizer.state[p].values())])
+        assert all(bool(tensor.isfinite().all()) for tensor in found[-1])
+    assert same(*found) if len(sizes) == 1 else close(*found)
+
+
+@pytest.mark.parametrize("impl", ["flat", "blocks", "auto"])
+@pytest.mark.parametrize(
+    ("dtype", "name", "options", "size"),
+    [
+        (torch.float16, "amalgamated", {"warmup": 1, "warmup_lr": 2.0}, 6e4),
+        (torch.float16, "original", {"warmup": 0, "lr": 1e30}, 6e4),
+        (torch.float32, "amalgamated", {"warmup": 0, "lr": 1e39}, 1.0),
+        (torch.bfloat16, "amalgamated", {"warmup": 1, "warmup_lr": 1e22}, 9e17),
+        (torch.float16, "amalgamated", {"warmup": 0, "lr": 1e4, "weight_decay": 1e3}, 1.0),
+        (torch.float16, "sgd", {"lr": 2.0}, 6e4),
+    ],
+)
+def test_what_a_parameter_cannot_hold_is_not_added(
+    impl: str, dtype: torch.dtype, name: str, options: dict[str, Any], size: float
+) -> None:
+    p, other = nn.Parameter(torch.full((3,), 2.0).to(dtype)), nn.Parameter(torch.ones(2))
+    groups = [{"params": [p], **options}, {"params": [other], "lr": 1.0}]
+    optimizer = LEARNT[name](groups, impl=impl) if name in LEARNT else POOL[name](groups)
+    p.grad, other.grad = torch.full_like(p, size), torch.ones(2)
+    with pytest.warns(UserWarning, match="was not finite"):
+        optimizer.step()
+    assert optimizer.skipped == 1 and p.tolist() == [2.0] * 3 and not torch.equal(other, torch.ones(2))
+    assert not any(bool(tensor.any()) for tensor in optimizer.state[p].values())
+
+
+@pytest.mark.parametrize("impl", ["flat", "blocks"])
+def test_what_a_parameter_just_holds_is_added(impl: str) -> None:
+    p = nn.Parameter(torch.zeros(2, dtype=torch.float16))
+    optimizer = amalgamated([p], warmup_lr=2.0, impl=impl)
+    p.grad = torch.full_like(p, 32752.0)
+    optimizer.step()
+    assert p.tolist() == [-65504.0] * 2 and optimizer.skipped == 0
+
+
+def test_a_state_that_is_not_finite_is_refused_and_changes_nothing() -> None:
+    optimizer = amalgamated(parameters())
+    drive(optimizer, range(3))
+    before, saved = (copy.deepcopy(optimizer.state_dict()) for _ in range(2))
+    saved["state"][1]["h0"][0] = math.nan
+    with pytest.raises(RuntimeError, match="state of parameter 1 must be finite, got NaN or Inf in h0"):
+        optimizer.load_state_dict(saved)
+    assert same(*([*each["state"][1].values()] for each in (before, optimizer.state_dict())))
 
 
 def test_without_a_word_the_weights_are_shipped_ones() -> None:
@@ -631,6 +711,56 @@ def test_sparse_gradients_are_refused_before_anything_moves(impl: str, name: str
     with pytest.raises(RuntimeError, match="must have dense gradients, got torch"):
         optimizer.step()
     assert same(params, starts) and all(int(optimizer.state[p]["step"]) == 3 for p in params)
+
+
+def test_what_are_no_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"weights must be a file of weights, got '{tmp_path}'"):
+        AmalgamatedOptimizer(parameters(), str(tmp_path))
+    with pytest.raises(TypeError, match="weights must be a name, a path or tensors by name, got None"):
+        AmalgamatedOptimizer(parameters(), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["adam", "powersign", "addsign"])
+@pytest.mark.parametrize("betas", [(0.5,), (0.5, 0.9, 0.9)])
+def test_betas_are_two(name: str, betas: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"betas must be two numbers in \[0, 1\), got \(0.5,"):
+        POOL[name](parameters(), betas=betas)
+
+
+def test_what_is_no_pool_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"pool must be a Pool, got \['rmsprop', 'adam'\]"):
+        ChoiceOptimizer(parameters(), {}, ["rmsprop", "adam"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a pool must have teachers such as Teacher\('adam', 0.005\), got 'adam'"):
+        Pool(["adam"])  # type: ignore[list-item]
+
+
+def test_a_group_with_a_wrong_rate_does_not_join() -> None:
+    optimizer = amalgamated(parameters())
+    with pytest.raises(ValueError, match="lr must be at least 0 and finite, got -1"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": -1.0})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_loaded_state_has_the_types_of_the_optimiser_that_loads_it() -> None:
+    narrow, wide = amalgamated(parameters(), state_dtype=torch.bfloat16), amalgamated(parameters())
+    drive(narrow, range(4))
+    wide.load_state_dict(narrow.state_dict())
+    assert state_types(wide) == {torch.float32}
+    narrow.load_state_dict(wide.state_dict())
+    assert state_types(narrow) == {torch.float32, torch.bfloat16}
+
+
+def test_what_was_skipped_is_saved_with_the_state() -> None:
+    params = parameters()
+    optimizer, other = amalgamated(params), amalgamated(parameters())
+    params[0].grad = torch.full_like(params[0], math.nan)
+    with pytest.warns(UserWarning, match="was not finite"):
+        optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    assert other.skipped == 1
+    saved = {name: value for name, value in other.state_dict().items() if name != "skipped"}  # as torch's
+    optimizer.load_state_dict(saved)
+    assert optimizer.skipped == 1
 
 
 def test_a_state_of_another_layout_is_refused_and_changes_nothing() -> None:  # acceptance 18

@@ -204,6 +204,22 @@ def test_functions_without_data_are_what_they_say() -> None:
         assert float(problem.losses(x, nothing)) == pytest.approx(float(wanted), rel=1e-6)
 
 
+def test_a_mean_at_the_border_is_over_the_pixels_that_are_there() -> None:
+    cell, images = NASCell(filters=1), torch.zeros(1, 1, 4, 4)
+    for p in cell.parameters():
+        nn.init.zeros_(p)
+    nn.init.ones_(cell.convs[1].bias)  # type: ignore[arg-type]  # b is 1 everywhere, all else of d but its mean 0
+    nn.init.ones_(cell.head.weight)
+    assert cell(images).tolist() == [[1.0] * 10]
+    nn.init.zeros_(cell.convs[1].bias)  # type: ignore[arg-type]
+    with torch.no_grad():
+        cell.convs[0].weight[0, 0, 1, 1] = cell.convs[1].weight[0, 0, 1, 1] = 1.0  # type: ignore[index]
+    images[0, 0, 3] = 1.0
+    images[0, 0, 0, 3] = 1.0
+    means = 0.25 + 0.5 + 4 * 0.5 + 4 * 1.0  # of the corner: beside it and itself; the last row but one; the last
+    assert cell(images)[0, 0].item() == pytest.approx((5 + means) / 16)
+
+
 def test_other_networks_have_the_papers_form() -> None:
     assert sum(isinstance(layer, nn.Conv2d) for layer in ResNet().modules()) == 1 + 24 + 2
     assert NASCell()(torch.rand(2, 1, 14, 14)).shape == (2, 10)

@@ -13,6 +13,7 @@ from common.runs import generator
 from optimizer_amalgamation import Context, StudentRule, Teacher
 from optimizer_amalgamation.measures import best, instability
 from optimizer_amalgamation.pool_search import Member, choose, measure, members, named, oracle
+from optimizer_amalgamation.private import private_gradients
 from optimizer_amalgamation.problems import gradients, validation_losses
 from optimizer_amalgamation.race import WORST, Analytical, Curves, Learnt, TrueAdam, Warmed, outcome, race, race_learnt
 from optimizer_amalgamation.settings import EvaluationConfig
@@ -59,6 +60,17 @@ def test_all_optimizers_see_the_same_starts_and_minibatches_of_a_seed() -> None:
     assert (one.seen[0][1] - two.seen[0][0]).abs().max() < 1e-6
     assert (one.seen[0][0] - two.seen[0][0]).abs().max() > 1e-3
     assert (two.seen[0] - other.seen[0]).abs().max() > 1e-3
+
+
+def test_a_private_race_has_the_gradients_of_dp_sgd() -> None:
+    problem, private, plain = tiny(batch_size=6, samples=40), Recorder(), Recorder()
+    race(problem, private, [3], 1, 9, private=True)
+    race(problem, plain, [3], 1, 9)
+    params = problem.init(generator(9, 0, 3))[None]
+    batch = problem.batch(torch.randperm(40, generator=generator(9, 1, 3, 0))[None, :6])
+    _, wanted = private_gradients(problem, params, batch, generator(9, 2, 0, 3))
+    assert torch.allclose(private.seen[0], wanted, atol=1e-6)
+    assert float((private.seen[0] - plain.seen[0]).abs().max()) > 0.1
 
 
 def test_a_copy_that_overflows_counts_as_the_worst_and_harms_no_other() -> None:

@@ -73,6 +73,20 @@ def test_a_killed_study_goes_on_where_it_was(place: Path, tmp_path: Path) -> Non
         (["--study.arm", "[mean]"], "unknown key 'study.arm'; did you mean 'study.arms'"),
         (["--study.factors", "[]"], "study.factors must be positive numbers"),
         (["--study.noise_kinds", "[loud]"], "study.noise_kinds must be any of relative"),
+        (
+            ["--study.arms", "[stronger]", "--method.teachers", "[rmsprop:0.005]"],
+            r"method.teachers must be with one such as adam:0.005 for the arm stronger, got \['rmsprop:0.005'\]",
+        ),
+        (
+            ["--method.teachers", "[]"],
+            "method.teachers must be one or more such as adam:0.005 for the arms minmax, noise",
+        ),
+        (
+            ["--scale", "paper_choice_large"],
+            "method.student must be rnnprop for the arms minmax, rnnprop, got 'choice'",
+        ),
+        (["--scale", "paper_choice_student"], "method.policy must be empty for the arms choice-large, minmax, rnnprop"),
+        (["--problem.batch_size", "201"], "problem.batch_size must be at most 200, the training images, got 201"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_is_written(

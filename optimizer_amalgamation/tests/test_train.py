@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import multiprocessing
@@ -13,13 +14,15 @@ import pytest
 import torch
 
 from common.config import ConfigError, parse
-from common.runs import load_checkpoint, read_json
+from common.runs import CheckpointError, load_checkpoint, read_json
 from common.tests import children
 from common.tests.paper_checks import check_eval_refuses, copied, kill_after_a_checkpoint, quiet, refusal, said
 from optimizer_amalgamation import StudentRule
 from optimizer_amalgamation import eval as evaluation
 from optimizer_amalgamation import export as exporting
 from optimizer_amalgamation import train as training
+from optimizer_amalgamation.meta_training import MetaTraining
+from optimizer_amalgamation.race import Curves
 from optimizer_amalgamation.settings import AmalgamationStudy, Config, EvaluationConfig, MetaConfig, MethodConfig
 from optimizer_amalgamation.train import raced_problem, read_policy, run_name, share, train
 from optimizer_amalgamation.weights import load_weights, provenance
@@ -73,6 +76,36 @@ def test_every_replicate_trains_every_problem(finished: Path, tmp_path: Path) ->
     assert list(found) == ["tiny14", "mlp14"]
     for measures in found.values():
         assert torch.tensor(measures["val_best"]).shape == (2, 2) and len(measures["curve"]) == 2
+
+
+def test_private_problems_are_raced_with_private_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def race_learnt(problem: Any, rule: Any, weights: Any, options: Any, private: bool, *_: Any) -> Curves:
+        asked.append((problem.batch_size, private))
+        return Curves(torch.ones(4, 2), torch.ones(4, 2))
+
+    monkeypatch.setattr(evaluation, "race_learnt", race_learnt)
+    own = config("--evaluation.problems", "[tiny14, 'tiny14:dp', 'tiny14:4']")
+    evaluation.race_all(own, StudentRule(), {})
+    assert asked == [(8, False), (8, True), (4, False)]
+
+
+def test_what_is_configured_is_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def asked(*arguments: Any) -> Any:
+        raise Asked(inspect.signature(MetaTraining).bind(*arguments).arguments)
+
+    monkeypatch.setattr(training, "MetaTraining", asked)
+    own = config(*("--seed", 3, "--method.reduce", "mean", "--perturbation.kind", "relative", "--meta.lr", 0.01))
+    with pytest.raises(Asked) as told:
+        train(own, tmp_path / "run", quiet)
+    got = told.value.args[0]
+    assert (got["seed"], got["reduce"]) == (3, "mean") and got["perturbation"] == own.perturbation
+    assert (got["options"], got["schedule"]) == (own.meta, own.schedule)
+    assert [teacher.name for teacher in got["teaching"]([0])] == ["adam", "rmsprop"]
 
 
 def test_a_policy_teaches_a_student(policy: Path, tmp_path: Path) -> None:
@@ -177,8 +210,20 @@ def test_the_best_replicate_in_races_is_shipped_with_its_provenance(finished: Pa
     assert all(torch.equal(value, whole[name][best]) for name, value in shipped.items())
     assert source["meta_steps"] == done["meta_steps"][best] and source["data"] == "mnist5k"
     assert source["config"]["method"]["teachers"] == ["adam:0.01", "rmsprop:0.005"]
-    other = exporting.export(exporting.Arguments(str(finished), "mean", 1 - best, str(tmp_path)))
+    other = exporting.export(exporting.Arguments(str(finished), "minmax", 1 - best, str(tmp_path), overwrite=True))
     assert provenance(other)["replicate"] == done["replicates"][1 - best]
+
+
+def test_a_student_is_shipped_under_the_name_of_its_method(policy: Path) -> None:
+    def names(*options: object) -> list[str]:
+        return exporting.names_of(config(*options))
+
+    assert names() == ["minmax"] and names("--method.reduce", "mean") == ["mean"]
+    assert names("--method.teachers", "[]") == ["rnnprop"]
+    assert names("--method.teachers", "[adam:0.01]") == ["stronger"]
+    taught = ["--method.teachers", "[]", "--method.policy"]
+    assert names(*taught, policy) == ["choice-small"]
+    assert names(*taught, "moved") == ["choice-large", "choice-small"]
 
 
 def test_replicates_are_chosen_on_starts_that_no_evaluation_has(
@@ -205,7 +250,11 @@ def test_only_a_finished_student_is_shipped(finished: Path, policy: Path, capsys
         "folder must be the run of a student rnnprop, not of c"
     )
     assert told("--folder", finished.parent / "no", "--name", "mean").endswith("no such run (it has no config.yaml)")
-    message = told("--folder", finished, "--name", "mean", "--replicate", 2)
+    message = told("--folder", finished, "--name", "choice-large")
+    assert message == "name must be minmax, as this run's method is called, got 'choice-large'"
+    message = told("--folder", finished, "--name", "minmax")  # it would replace the one that comes with the package
+    assert message == f"overwrite must be true to replace {exporting.PRESETS / 'minmax.pt'}, which is there, got False"
+    message = told("--folder", finished, "--name", "minmax", "--to", finished, "--replicate", 2)
     assert message == "replicate must be in [-1, 2), got 2"
 
 
@@ -237,11 +286,20 @@ def test_eval_prints_what_each_replicate_reaches(
         (["--meta.unroll", "0"], "meta.unroll must be at least 1, got 0"),
         (["--meta.spread", "-1"], "meta.spread must be in [0, 10], got -1.0"),
         (["--problem.name", "lenet"], "problem.name must be one of train, mlp, "),
-        (["--perturbation.magnitude", "-1"], "perturbation.magnitude must be at least 0, got -1.0"),
+        (["--perturbation.magnitude", "-1"], "perturbation.magnitude must be at least 0 and finite, got -1.0"),
         (["--evaluation.problems", "[tiny14:x]"], "evaluation.problems must be one of train, "),
         (["--schedule.depths", "[]"], "schedule.depths must be numbers of at least 1"),
         (["--method.policy", "nowhere"], "method.policy must be a run of a choice policy or its weights"),
         (["--problem.name", "deeper"], "problem.name must be a network for images of side 14"),
+        (["--problem.batch_size", "201"], "problem.batch_size must be at most 200, the training images, got 201"),
+        (["--method.hardness", ".inf"], "method.hardness must be at least 0 and finite, got inf"),
+        (["--study.noise", "[.inf]"], "study.noise must be finite numbers of at least 0, got [inf]"),
+        (["--evaluation.warmup_rate", "-1"], "evaluation.warmup_rate must be at least 0 and finite, got -1"),
+        (["--schedule.imitation", "[0.2, .nan]"], "schedule.imitation must be numbers of at least 0, one or more, got"),
+        (["--meta.warmup_rate", ".inf"], "meta.warmup_rate must be at least 0 and finite, got inf"),
+        (["--meta.lr", ".inf"], "meta.lr must be positive and finite, got inf"),
+        (["--perturbation.magnitude", ".inf"], "perturbation.magnitude must be at least 0 and finite, got inf"),
+        ([*CHOICE, "--method.policy", "x"], "method.policy must be empty for a choice policy, got 'x'"),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_written(
@@ -250,6 +308,25 @@ def test_impossible_settings_are_refused_before_anything_is_written(
     folder = tmp_path / "run"
     line = refusal(training.main, arguments(*options, "--run.folder", folder), capsys)
     assert message in line and not folder.exists()
+
+
+def test_the_papers_student_of_a_choice_waits_for_its_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(training.main, ["--config", CONFIGS / "paper_choice_student.yaml"], capsys)
+    assert line.startswith("method.policy must be a run of a choice policy or its weights")
+
+
+def test_races_have_minibatches_of_no_more_than_all_images() -> None:
+    with pytest.raises(ConfigError, match=r"evaluation.problems must be at most 200, .* got 'tiny14:201'"):
+        raced_problem(config(), "tiny14:201")
+
+
+def test_the_checkpoint_of_another_student_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = training.MetaTraining(
+        raced_problem(config(), "tiny14"), training.make_rule(config(*CHOICE).method), config().meta, config().schedule
+    )
+    monkeypatch.setattr(training.Run, "restore", lambda _: {"training": other.state_dict(), "episode": 1})
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt: a snapshot of replicate 0 must have lstm0_kernel of sh"):
+        train(config(), tmp_path / "run", quiet)
 
 
 def test_settings_have_the_papers_defaults() -> None:

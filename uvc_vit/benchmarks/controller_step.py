@@ -53,8 +53,13 @@ def step_row(table: Table, name: str) -> float:
     loops, noise = Loops(ViTAdapter(model), released.costs, 0.5), gumbel((2, len(model.blocks), 2), None)
     task = torch.zeros_like(noise[0])
     looped = seconds(lambda: loops.step(1e-4, task, noise), LOOP_STEPS)
-    own, solved = (seconds(lambda method=method: method.step(1e-4), STEPS) for method in (released, solve))
-    times = (f"{1e3 * spent:.1f} ms" for spent in (looped, own, solved))
+    spent = []
+    for method in (released, solve):
+        method.attach()
+        spent.append(seconds(lambda method=method: method.step(1e-4), STEPS))
+        method.detach()
+    own, solved = spent
+    times = (f"{1e3 * each:.1f} ms" for each in (looped, own, solved))
     table.add_row(name, *times, f"{looped / own:.0f}", f"{looped / solved:.0f}")
     return looped / own
 
@@ -74,8 +79,10 @@ def half() -> list[Ratio]:
         options = UVCConfig(stage1_steps=SEARCH, accounting=accounting)
         method = UVCController(adapter, options, SIZE, costs)
         weights = copy.deepcopy(model.state_dict())
+        method.attach()
         for _ in range(SEARCH):
             method.step()
+        method.detach()
         plan = method.finalise()
         model.load_state_dict(weights)
         share = method.resource(plan)

@@ -35,6 +35,24 @@ def test_a_model_comes_out_smaller_within_the_budget_and_the_given_one_stays(kin
     assert found.model(nets.images()).shape == (2, 5)
 
 
+@pytest.mark.parametrize("layout", ["grouped", "padded"])
+@pytest.mark.parametrize(("dim", "align"), [(16, 8), (32, 0), (32, 8)])  # heads of 8, no wider than align; of 16
+def test_either_layout_meets_the_budget_by_torchs_count(layout: Any, dim: int, align: int) -> None:
+    model = nets.vit(dim=dim)
+    found = compress(model, LOADER, (16, 16), UVCConfig(align=align), epochs=(2, 1), layout=layout)
+    head = model.head.weight.numel()
+    counted = (count_flops(found.model, (16, 16)) / 2 - head) / (macs(model, (16, 16)) - head)
+    assert 0.48 < counted <= 0.5 and counted == pytest.approx(found.share, rel=1e-12)
+    assert layout == "grouped" or all(len(set(sizes.v_dims)) <= 1 for sizes in found.plan.left())
+
+
+def test_heads_of_unequal_width_are_not_padded() -> None:
+    model = slim(nets.vit(), changed(nets.vit(), keep_dim=((3,), (0, 2, 5))))
+    for budget in (0.5, 1.0):
+        with pytest.raises(ValueError, match="layout must be grouped for a model whose heads are unequally wide"):
+            compressed(model, budget, layout="padded")
+
+
 def test_the_same_call_gives_the_same_model_and_another_seed_another() -> None:
     one, two, other = (compressed(nets.vit(), seed=seed) for seed in (0, 0, 1))
     assert one.plan == two.plan and torch.equal(one.model(nets.images()), two.model(nets.images()))
@@ -110,6 +128,15 @@ def test_what_cannot_be_is_refused_before_any_training() -> None:
         compress(nets.vit(), Loader(), (16, 16), UVCConfig(mode="released", accounting="released"))
     with pytest.raises(ValueError, match="warmup_steps must be below the 8 steps of stage 1, got 8"):
         compress(nets.vit(), Loader(), (16, 16), UVCConfig(warmup_steps=8), epochs=(2, 2))
+    with pytest.raises(ValueError, match=r"input_size must be \(height, width\) in pixels, got 16"):
+        compress(nets.vit(), Loader(), 16, UVCConfig())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"input_size must be the model's \(16, 16\), got \(32, 32\)"):
+        compress(nets.vit(), Loader(), (32, 32), UVCConfig(budget=1.0))
+    with pytest.raises(TypeError, match="train_loader must have a length, got int without"):
+        compress(nets.vit(), 16, (16, 16), UVCConfig())
+    for epochs in ((0, 1), (1, -1), (1,)):
+        with pytest.raises(ValueError, match=r"epochs must be at least \(1, 0\), got"):
+            compress(nets.vit(), Loader(), (16, 16), UVCConfig(), epochs=epochs)
     with pytest.raises(ValueError, match="the teacher must have the student's 5 classes, got 7"):
         compress(nets.vit(), Loader(), (16, 16), UVCConfig(), teacher=nets.vit(num_classes=7))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.config import ConfigError
+from common.config import ConfigError, parse
 from uvc_vit.adapter import ViTAdapter
 from uvc_vit.controller import UVCController
 from uvc_vit.group_norms import group_norms
@@ -18,6 +18,7 @@ from uvc_vit.masked import apply_plan
 from uvc_vit.plan import Plan
 from uvc_vit.prox import divide_columns, shrinkage
 from uvc_vit.released import ReleasedSettings
+from uvc_vit.settings import Config
 from uvc_vit.slim import slim
 from uvc_vit.solve import solve_step
 from uvc_vit.tests import nets
@@ -153,8 +154,43 @@ def test_stochastic_depth_and_dropout_do_not_touch_the_plan() -> None:
 
 @pytest.mark.parametrize("budget", [0.0, -1, 1.5, float("nan")])
 def test_an_impossible_budget_is_refused(budget: float) -> None:
-    with pytest.raises(ConfigError, match=r"method.budget must be in \(0, 1\], got"):  # [25]
+    with pytest.raises(ValueError, match=r"method.budget must be in \(0, 1\], got"):  # [25]
         UVCConfig(budget=budget)
+    with pytest.raises(ConfigError, match=r"^method.budget must be in \(0, 1\], got [^\n]*$"):  # a command's one line
+        parse(Config, ["--method.budget", str(budget).replace("nan", ".nan")], prog="train.py")
+
+
+def test_a_step_without_gates_in_the_model_is_refused() -> None:
+    method = controller(nets.vit())
+    with pytest.raises(RuntimeError, match=r"call attach\(\) before the training loop"):
+        method.step()
+    method.attach()
+    method.step()
+    method.detach()
+    with pytest.raises(RuntimeError, match="needs the gates"):
+        method.step()
+    controller(nets.vit(), skip=False).step()  # there are none
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((32, 32), r"input_size must be the model's \(16, 16\), got \(32, 32\)"),
+        (16, r"input_size must be \(height, width\) in pixels, got 16"),
+        ((16.0, 16), r"input_size must be \(height, width\) in pixels, got \(16.0, 16\)"),
+    ],
+)
+def test_images_of_another_size_are_refused(size: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UVCController(ViTAdapter(nets.vit()), UVCConfig(), size)
+
+
+def test_a_model_that_takes_any_size_takes_whole_patches_or_pads() -> None:
+    model = nets.vit(dynamic_img_size=True)
+    assert ViTAdapter(model).tokens((24, 32)) == 6 * 8 + 1
+    with pytest.raises(ValueError, match=r"multiples of the patches' \(4, 4\), got \(18, 16\)"):
+        ViTAdapter(model).tokens((18, 16))
+    assert ViTAdapter(nets.vit(dynamic_img_size=True, dynamic_img_pad=True)).tokens((18, 16)) == 5 * 4 + 1
 
 
 @pytest.mark.parametrize("dim", [16, 64])  # heads of 8, and of 32, which keep at least `align` dimensions
@@ -176,6 +212,7 @@ def test_a_warm_up_that_takes_all_of_stage_1_is_refused() -> None:
 
 def test_weights_that_are_not_numbers_stop_the_method_with_the_step() -> None:
     method = controller(nets.vit())  # [25]
+    method.attach()
     train(method, 2)
     for value in (torch.nan, torch.inf):
         weight = method.adapter.blocks[1].mlp.fc2.weight

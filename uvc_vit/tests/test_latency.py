@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from common.config import ConfigError
 from common.tests.paper_checks import quiet, said
+from uvc_vit import cost as cost_module
 from uvc_vit import latency
 from uvc_vit.adapter import BlockDims, ViTAdapter
 from uvc_vit.controller import UVCController
@@ -19,6 +21,7 @@ from uvc_vit.cost import latency_ratio, training_ratio
 from uvc_vit.eval import read_plan
 from uvc_vit.latency import LatencyTable, fit, measure, variants
 from uvc_vit.plan import Plan
+from uvc_vit.slim import slim
 from uvc_vit.tests import nets
 from uvc_vit.tests.test_slim import changed, distilled
 from uvc_vit.tests.test_train import config
@@ -49,6 +52,7 @@ def cost(plan: Plan) -> float:
 def test_the_plan_meets_the_budget_in_measured_time() -> None:
     method = controller(table(), budget=0.5)
     assert method.costs.dense.item() == 40
+    method.attach()
     for _ in range(30):
         info = method.step()
     assert pytest.approx(0.5, abs=2e-2) == info.R
@@ -79,6 +83,26 @@ def test_a_network_is_timed_block_by_block() -> None:
     assert found.sizes == ViTAdapter(model).dims and found.embed > 0
     assert len(set(zip(found.block, found.head, found.dim, found.neuron, strict=True))) == 1  # equal blocks
     assert found.block[0] + 2 * found.head[0] + 16 * found.dim[0] + 32 * found.neuron[0] > 0
+
+
+def test_times_are_ratios_of_the_small_network_to_the_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nets.vit()
+    plan = changed(model, keep_mlp=tuple(range(8)))
+    spent, forward = [0.0], nn.Linear.forward
+
+    def timed(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        spent[0] += layer.weight.numel()
+        return forward(layer, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", timed)
+    monkeypatch.setattr(cost_module, "now", lambda: spent[0])
+    small, large = (
+        sum(layer.weight.numel() for layer in net.modules() if isinstance(layer, nn.Linear))
+        for net in (slim(model, plan), model)
+    )
+    assert small < large
+    assert latency_ratio(model, plan, "grouped", nets.images(), 2) == pytest.approx(small / large)
+    assert training_ratio(model, plan, "grouped", nets.images(), 2) == pytest.approx(large / small)
 
 
 def test_stage_2_is_timed_on_a_network_with_two_outputs_too() -> None:

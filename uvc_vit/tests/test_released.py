@@ -43,6 +43,7 @@ def test_a_whole_trace_is_the_authors(name: str) -> None:
 def test_the_loop_form_takes_the_same_steps_through_the_whole_controller() -> None:
     model, looped = nets.vit(mlp_ratio=4.0), nets.vit(mlp_ratio=4.0)
     method = UVCController(ViTAdapter(model), UVCConfig(mode="released", accounting="released"), (16, 16))
+    method.attach()
     loops = Loops(ViTAdapter(looped), method.costs, 0.5)
     for step in range(60):
         task = torch.randn(3, 2, generator=torch.Generator().manual_seed(step)) * 0.01

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from common.config import parse
-from common.data import ImageFiles, ImageSet
+from common.data import ImageFiles, ImageSet, load
+from common.runs import load_checkpoint
 from common.study import scale_arguments
 from common.tests.paper_checks import (
     check_a_killed_study_goes_on,
@@ -21,11 +22,13 @@ from common.tests.paper_checks import (
     rows,
     study_options,
 )
-from uvc_vit.adapter import BlockDims
+from uvc_vit.adapter import BlockDims, ViTAdapter
 from uvc_vit.audit import log_error, skipped_share
+from uvc_vit.choose import build
 from uvc_vit.claims import CLAIMS, overshoot
+from uvc_vit.macs import block_macs
 from uvc_vit.plan import Plan
-from uvc_vit.reproduce import HERE, arm_config, reproduce, shared_logits, trajectory, whole_grid
+from uvc_vit.reproduce import HERE, arm_config, reproduce, shared_logits, trajectory, whole_blocks, whole_grid
 from uvc_vit.settings import STUDY_ARMS, UNSTRUCTURED, Config
 
 PAIRS = [("start", 1.0), ("uvc", 0.5), ("skip-only", 0.5), ("magnitude", 0.5)]
@@ -58,6 +61,30 @@ def test_arms_of_groups_meet_the_budget_and_arms_of_blocks_get_at_least_as_much(
             assert budget <= share < budget + 1 / 3
             assert row["metrics"]["skipped_share"] == 1
     assert max(overshoot(rows(study.place))) < 0.02
+
+
+def test_every_arm_starts_from_the_dense_network_of_its_seed(study: Study) -> None:
+    starts = sorted(study.place.glob("runs/**/start/model.pt"))
+    assert len(starts) == 2
+    for path in starts:
+        start = load_checkpoint(path)["model"]
+        before = load_checkpoint(path.parent.parent / "dense-0.7" / "before.pt")["model"]
+        assert start.keys() == before.keys() and all(torch.equal(start[key], before[key]) for key in start)
+
+
+@pytest.mark.parametrize(("budget", "blocks"), [(0.9, 3), (1.0, 3), (0.5, 2), (0.4, 1)])
+def test_arms_of_whole_blocks_get_the_fewest_that_cost_enough_and_never_more_than_all(
+    budget: float, blocks: int
+) -> None:
+    config = parse(Config, scale_arguments(HERE / "configs", ["--scale", "smoke"]), prog="reproduce")
+    splits = load(config.data)
+    adapter = ViTAdapter(build(config, splits.train))
+    tokens, embed = adapter.tokens((28, 28)), adapter.embed_macs((28, 28))
+    block = block_macs(adapter.dims[0], tokens).total
+    found = whole_blocks(config, splits, budget)
+    share = (embed + blocks * block) / (embed + 3 * block)
+    assert found == (1.0 if blocks == 3 else pytest.approx(share + 1e-9, abs=1e-12))
+    assert arm_config(config, "skip-only", found).method.budget == found
 
 
 def test_the_report_is_whole_and_judges_every_claim(study: Study) -> None:

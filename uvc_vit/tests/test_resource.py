@@ -209,6 +209,13 @@ def test_torch_counts_the_same_for_other_transformers(options: dict[str, Any]) -
     assert count_flops(model, (side, side)) == 2 * macs(model, (side, side))
 
 
+def test_a_convolutional_hybrid_whose_patches_are_of_feature_maps_is_refused_by_name() -> None:
+    with torch.device("meta"):
+        model = create_model("vit_tiny_r_s16_p8_224")
+    with pytest.raises(NotImplementedError, match="HybridEmbed: only patches of one convolution or T2T's"):
+        ViTAdapter(model)
+
+
 def test_counting_leaves_the_model_as_it_was() -> None:
     model = nets.vit().train()
     count_flops(model, (16, 16))

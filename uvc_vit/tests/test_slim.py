@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from uvc_vit.adapter import ViTAdapter
+from uvc_vit.controller import UVCController
 from uvc_vit.macs import count_flops, macs
 from uvc_vit.masked import apply_plan
 from uvc_vit.plan import Plan
 from uvc_vit.slim import Layout, slim
 from uvc_vit.slim_attention import SlimAttention
 from uvc_vit.tests import nets
+from uvc_vit.uvc_config import UVCConfig
 from uvc_vit.verify import verify
 
 DOUBLE = {"float32": (torch.float32, 1e-5), "float64": (torch.float64, 1e-12)}
@@ -233,6 +236,18 @@ def test_training_the_slim_model_is_training_the_masked_one(layout: Layout) -> N
     mask = lambda: apply_plan(big, plan, grads=True)  # noqa: E731
     difference = trained(big, mask, mask) - trained(small, lambda: None, lambda: None)
     assert difference.abs().max() <= 1e-12
+
+
+def test_a_model_slimmed_with_its_gates_attached_has_none_and_can_be_saved(tmp_path: Path) -> None:
+    model = nets.vit()
+    plan = random_plan(model)
+    method = UVCController(ViTAdapter(model), UVCConfig(), (16, 16))
+    method.attach()
+    smaller = slim(model, plan)
+    torch.save(smaller, tmp_path / "small.pt")
+    method.detach()
+    found = torch.load(tmp_path / "small.pt", weights_only=False)
+    assert torch.equal(found(nets.images()), slim(model, plan)(nets.images()))
 
 
 # Refusals

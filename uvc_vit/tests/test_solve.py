@@ -203,6 +203,7 @@ def test_a_budget_that_cannot_be_met_is_refused_with_what_can() -> None:
 def test_deit_tiny_with_random_weights_meets_half() -> None:
     torch.manual_seed(0)  # [11]
     method = UVCController(ViTAdapter(create_model("deit_tiny_patch16_224")), UVCConfig(stage1_steps=30), (224, 224))
+    method.attach()
     for _ in range(30):
         method.step()
     plan = method.finalise()

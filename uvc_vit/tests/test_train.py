@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from common.augment import roll
 from common.config import ConfigError, parse
-from common.data import load
-from common.runs import NonFiniteError, load_checkpoint, read_json, seed_everything
+from common.data import load, pixels
+from common.runs import NonFiniteError, generator, load_checkpoint, read_json, seed_everything
 from common.tests import children
 from common.tests.paper_checks import (
     check_eval_refuses,
@@ -28,6 +33,7 @@ from uvc_vit import eval as evaluation
 from uvc_vit import train as training
 from uvc_vit.adapter import ViTAdapter
 from uvc_vit.choose import choose, network
+from uvc_vit.controller import UVCController
 from uvc_vit.plan import Plan
 from uvc_vit.settings import UNSTRUCTURED, Config
 from uvc_vit.tests import two_ranks
@@ -214,6 +220,125 @@ def test_positions_and_tokens_do_not_decay(tmp_path: Path) -> None:
         for name in ("pos_embed", "cls_token", "blocks.0.norm1.weight"):
             torch.testing.assert_close(found[name], start[name], rtol=0, atol=1e-6)
         assert found["patch_embed.proj.weight"].norm() < 0.9 * start["patch_embed.proj.weight"].norm()
+
+
+class Seen(NamedTuple):
+    """Of one step of stage 1."""
+
+    w_lr: float
+    norm: float
+    """of the gradients of weights and gates together"""
+    gates_norm: float
+    gates: torch.Tensor
+
+
+RELEASED = ("--method.mode", "released", "--method.accounting", "released")
+
+
+def search(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: object) -> list[Seen]:
+    """What the method sees at each step of stage 1."""
+    seen, step = [], UVCController.step
+
+    def watched(method: UVCController, w_lr: float, draws: torch.Generator) -> Any:
+        gates = method.parameters()[0]
+        norms = [p.grad.norm() for p in [*method.adapter.model.parameters(), gates] if p.grad is not None]
+        assert gates.grad is not None
+        seen.append(Seen(w_lr, torch.stack(norms).norm().item(), gates.grad.norm().item(), gates.detach().clone()))
+        return step(method, w_lr, draws)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UVCController, "step", watched)
+        train(config(*options), folder, quiet)
+    return seen
+
+
+def test_the_weights_optimizer_moves_the_gates_in_mode_released_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    start = torch.tensor([[-1.0, 1.0]]).repeat(3, 1)  # [c5.1]
+    released = search(monkeypatch, tmp_path / "one", *RELEASED, "--method.released.glr", 0)
+    assert all((seen.gates != before.gates).any() for before, seen in pairwise(released))
+    assert (released[0].gates != start).any()
+    solved = search(monkeypatch, tmp_path / "two", "--method.eg", 0)
+    assert all(torch.equal(seen.gates, start) for seen in solved)
+
+
+def test_the_clip_of_stage_1_is_over_the_gates_too_in_mode_released_alone(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clip = ("--train.clip", 1e-4, "--model.weights", weights)  # [c5.1]
+    for seen in search(monkeypatch, tmp_path / "one", *RELEASED, *clip):
+        assert seen.norm == pytest.approx(1e-4, rel=1e-2) and seen.gates_norm > 0
+    for seen in search(monkeypatch, tmp_path / "two", *clip):
+        assert math.sqrt(seen.norm**2 - seen.gates_norm**2) == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_the_proximal_step_is_at_the_learning_rate_after_its_schedules_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = search(monkeypatch, tmp_path / "run", *RELEASED, "--search.warmup_steps", 2)  # [c5.2]
+    cosine = [(1 + math.cos(math.pi * step / 3)) / 2 for step in (0, 1, 2, 3)]
+    assert [seen.w_lr / 1e-3 for seen in found] == pytest.approx([0.5, *cosine])
+
+
+def test_stage_2_clips_its_gradients(tmp_path: Path) -> None:
+    norms = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item())
+
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        for arm, clip in (("magnitude", 1e-4), ("dense", 0)):
+            train(config("--arm", arm, "--train.clip", clip), tmp_path / arm, quiet)
+    finally:
+        hook.remove()
+    assert norms[:10] == pytest.approx([1e-4] * 10, rel=1e-2) and min(norms[10:]) > 1e-3
+
+
+def test_images_are_rolled_and_labels_smoothed() -> None:
+    options = config("--kd.kind", "none", "--train.roll", 2, "--train.smoothing", 0.3, "--seed", 4)
+    images, labels = (part[:40] for part in (load(options.data).train.images, load(options.data).train.labels))
+    logits, seen = torch.randn(40, 10), []
+
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs)
+        return logits
+
+    value = training._loss(options, None, 10, forward, images, labels, 7)
+    rolled = roll(images, 2, generator(4, 1, 7))
+    assert not torch.equal(rolled, images) and torch.equal(seen[0], options.model.normalize(pixels(rolled)))
+    smooth = torch.full((40, 10), 0.03).scatter_(1, labels[:, None].long(), 0.73)
+    assert value.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, smooth).item(), rel=1e-6)
+
+
+def test_accuracy_is_measured_on_the_test_images(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(evaluation, "accuracy", lambda model, data, *_: seen.append(data) or 1.0)
+    evaluation.evaluate(copied(finished, tmp_path / "run"))
+    splits = load(config().data)
+    assert len(seen) == 2 and not torch.equal(splits.test.images[0], splits.train.images[0])
+    assert all(torch.equal(data.images, splits.test.images) for data in seen)
+
+
+def test_both_stages_run_compiled_where_asked_for(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def eager(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=eager))
+    torch._dynamo.reset()
+    train(config("--train.compile", "true"), tmp_path / "run", quiet)
+    assert len(graphs) == 2  # one a stage: the gates' noise, drawn outside of it, compiles nothing again
+    for name in ("model.pt", "before.pt", "plan.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
 
 
 def test_single_weights_may_go_below_the_floor_of_groups() -> None:
