@@ -86,9 +86,13 @@ def tuning_peak(name: str, side: int, batch_size: int = 128, unroll: int = 3) ->
 
 
 def tuning_floats(unroll: int, parameters: int, features: int) -> dict[str, float]:
-    """Floats a weight that meta-tuning a pole rule keeps beside ordinary training, by mode (counted, not measured)."""
-    auxiliaries = 2 + features
+    """Floats a weight that meta-tuning a pole rule keeps beside ordinary training, by mode (counted, not measured).
+
+    Both keep two moments and a trace a feature. Suffix sums: gradients and features of the window, and the traces at
+    its start. Forward mode: the derivatives of x and of every trace by every parameter.
+    """
+    kept = 2 + features
     return {
-        "suffix": unroll + 1 + unroll * features + auxiliaries,
-        "forward": parameters + auxiliaries,
+        "suffix": unroll + 1 + unroll * features + features + kept,
+        "forward": parameters * (1 + features) + kept,
     }

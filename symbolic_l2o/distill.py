@@ -7,11 +7,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from symbolic_l2o.expr import Expr, fold, walk
-from symbolic_l2o.features import GradFeatures, feature_names
+from symbolic_l2o.expr import Expr, fold
+from symbolic_l2o.features import feature_names
 from symbolic_l2o.records import SRData
 from symbolic_l2o.regression import Candidate, Search, knee, predict, symbolic_regression
-from symbolic_l2o.rule import SymbolicRule, r2_score
+from symbolic_l2o.rule import SymbolicRule, r2_score, silent_at_rest
 from symbolic_l2o.template import fit_fir, fit_pole
 
 Backend = Literal["operon", "gplearn", "template", "template_tanh", "pole"]
@@ -19,13 +19,18 @@ Backend = Literal["operon", "gplearn", "template", "template_tanh", "pole"]
 
 @dataclass(frozen=True)
 class Distilled:
-    """A rule and how well it says what the teacher did, on rows of other runs and coordinates than it was fitted on."""
+    """An equation and how well it says what the teacher did, on other runs and coordinates than it was fitted on."""
 
+    equation: SymbolicRule
+    """as found, with its intercept: what is judged and measured"""
     rule: SymbolicRule
+    """the same, but 0 for coordinates that never had a gradient: what is deployed, see `silent_at_rest`"""
     r2: float
-    """of the rule, held out"""
+    """of the equation, held out"""
     r2_train: float
     candidates: int = 1
+    front_r2: float = float("-inf")
+    """the best of all candidates, held out; the equation is the shortest within 0.01 of it"""
 
 
 def fidelity(rule: SymbolicRule, data: SRData) -> float:
@@ -44,7 +49,7 @@ def distill(
     rows: int = 10_000,
     search: Search | None = None,
 ) -> Distilled:
-    """The rule that a backend finds in a teacher's records.
+    """The equation that a backend finds in a teacher's records.
 
     Args:
         data: of `collect`.
@@ -66,19 +71,21 @@ def distill(
         raise ValueError(f"features must be the {data.X.shape[2]} of the data, got {', '.join(names)}")
     train, test = data.split(seed)
     train = train.subsample(rows, seed)
-    note = f"{backend}, {len(train)} rows, seed {seed}"
+    note, scores = f"{backend}, {len(train)} rows, seed {seed}", []
     if backend == "pole":
-        rule, count = fit_pole(train, names, provenance=note), 1
+        equation, count = fit_pole(train, names, provenance=note), 1
     elif backend == "template" or backend == "template_tanh":
-        rule, count = fit_fir(train, names, backend == "template_tanh", provenance=note), 1
+        equation, count = fit_fir(train, names, backend == "template_tanh", provenance=note), 1
     else:
         spread = train.X.reshape(-1, len(names)).std(0).clamp(min=1e-30)  # raw gradients are ~5e-4
         flat, held = ((rows_.X / spread).flatten(1).double() for rows_ in (train, test))
         own = seed if search_seed is None else search_seed
         found = symbolic_regression(flat.numpy(), train.y.double().numpy(), backend, search, own)
-        best = knee(found, [_score(candidate, held, test.y) for candidate in found])
-        rule, count = _rule(best.expr, names, spread, note), len(found)
-    return Distilled(rule, fidelity(rule, test), fidelity(rule, train), count)
+        scores = [_score(candidate, held, test.y) for candidate in found]
+        equation, count = _equation(knee(found, scores).expr, names, spread, note), len(found)
+    r2 = fidelity(equation, test)
+    front = max([r2, *scores])
+    return Distilled(equation, silent_at_rest(equation), r2, fidelity(equation, train), count, front)
 
 
 def _score(candidate: Candidate, X: Tensor, y: Tensor) -> float:
@@ -86,11 +93,8 @@ def _score(candidate: Candidate, X: Tensor, y: Tensor) -> float:
     return r2_score(y, values) if bool(torch.isfinite(values).all()) else float("-inf")
 
 
-def _rule(expr: Expr, names: tuple[str, ...], spread: Tensor, note: str) -> SymbolicRule:
-    """Columns become features and taps, the scale of the features goes into the equation, the intercept out of it.
-
-    What is left at a gradient that was always zero is taken off, or a dead coordinate would drift.
-    """
+def _equation(expr: Expr, names: tuple[str, ...], spread: Tensor, note: str) -> SymbolicRule:
+    """Columns become features and taps, the scale of the features goes into the equation."""
 
     def placed(node: Expr) -> Expr:
         if not isinstance(node, tuple):
@@ -100,26 +104,4 @@ def _rule(expr: Expr, names: tuple[str, ...], spread: Tensor, note: str) -> Symb
             return ("mul", 1 / float(spread[column]), ("z", names[column], tap))
         return (node[0], *(placed(operand) for operand in node[1:]))
 
-    full = fold(placed(expr), {})
-    still = torch.tensor([[[resting(name) for name in names]]], dtype=torch.float64).expand(_reach(full) + 1, 1, -1)
-    at_rest = float(SymbolicRule(names, full)(still))
-    return SymbolicRule(names, _without(full, at_rest), provenance=note)
-
-
-def _reach(expr: Expr) -> int:
-    return max((node[2] for node in walk(expr) if isinstance(node, tuple) and node[0] == "z"), default=0)
-
-
-def _without(expr: Expr, rest: float) -> Expr:
-    """The equation minus its value at rest, drawn into its intercept where it has one."""
-    if isinstance(expr, tuple) and expr[0] == "add" and isinstance(expr[2], float):
-        left = expr[2] - rest
-        return expr[1] if abs(left) < 1e-12 else ("add", expr[1], left)
-    return expr if rest == 0 else ("sub", expr, rest)
-
-
-def resting(name: str) -> float:
-    """A feature's value where all gradients were zero."""
-    zero = torch.zeros(1)
-    features = GradFeatures([name])
-    return float(features(zero, features.init(zero)))
+    return SymbolicRule(names, fold(placed(expr), {}), provenance=note)

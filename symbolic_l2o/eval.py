@@ -79,17 +79,18 @@ def distilled(teacher: LSTMTeacher, config: Config, progress: Progress | None = 
 
 
 def measures(equations: Equations) -> dict[str, Metrics]:
-    """By backend: r2 (held out), r2_train, tpf of each feature, complexity, latex."""
+    """By backend: r2 (held out), r2_train, front_r2, tpf by feature, complexity, latex of the equation; the rule."""
     windows = equations.test.X[:ROWS_OF_IMPORTANCE].double()
     rows = {}
     for name, one in equations.found.items():
-        shown: SymbolicRule = one.rule
+        shown = one.equation
         if name.startswith("template"):
-            shown = drop_small_taps(one.rule, windows)
+            shown = drop_small_taps(one.equation, windows)
         rows[name] = {
             "r2": one.r2,
             "r2_train": one.r2_train,
-            "tpf": temporal_perception(tap_importance(one.rule, windows)),
+            "front_r2": one.front_r2,
+            "tpf": temporal_perception(tap_importance(one.equation, windows)),
             "complexity": shown.complexity(),
             "latex": shown.latex(),
             "rule": one.rule.to_json(),

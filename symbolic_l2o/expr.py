@@ -66,6 +66,7 @@ OPERATORS = {
     "erfc": Operator(1, lambda x: x.erfc(), "\\operatorname{{erfc}}\\left({0}\\right)"),
 }
 MOST_NODES, MOST_DEPTH, MOST_TAP = 5000, 200, 1000
+SUMS, INDICES = ("add", "sub", "neg"), "jkli"
 SYMBOLS = {"mt": "\\tilde m", "gt": "\\tilde g", "nt": "\\tilde n", "AdamUp_unNorm": "m", "AdamUp_Norm": "\\hat m"}
 SYMBOLS |= {"AdamDn_Norm": "d", "t": "\\bar t"}
 
@@ -181,7 +182,7 @@ def evaluate(
             return trace(node)
         if node not in known:
             operands = [value(operand) for operand in node[1:]]
-            if all(isinstance(operand, float) for operand in operands):
+            if all(isinstance(operand, int | float) for operand in operands):
                 operands[0] = torch.tensor(operands[0], dtype=torch.float64)
             known[node] = faster.get(node[0], OPERATORS[node[0]].apply)(*operands)
         return known[node]
@@ -240,23 +241,34 @@ def _no_feature(*_: Any) -> Any:
 
 
 def latex(expr: Expr, values: Mapping[str, float]) -> str:
-    """The equation in LaTeX, numbers with three digits. A trace is a sum over the past, with j for the step back."""
+    """The equation in LaTeX, numbers with three digits.
 
-    def text(node: Expr, offset: str = "") -> str:
+    A trace is a sum over the past, with j for the step back; a trace within it has k, and so on.
+    """
+
+    def text(node: Expr, offset: str = "", depth: int = 0) -> str:
         if not isinstance(node, tuple):
             return _digits(values[node] if isinstance(node, str) else node)
         if node[0] == "z":
             when = ("t" if node[2] == 0 else f"t-{node[2]}") + offset
             return SYMBOLS.get(node[1], "\\mathrm{" + node[1] + "}") + f"_{{{when}}}"
         if node[0] == "trace":
-            return f"\\sum_{{j\\geq 0}}{text(node[1])}^{{j}}\\,{text(node[2], offset + '-j')}"
-        operands = [text(operand, offset) for operand in node[1:]]
-        if node[0] == "mul":
+            index, decay = INDICES[depth] if depth < len(INDICES) else f"j_{{{depth}}}", text(node[1])
+            base = f"\\left({decay}\\right)" if "cdot" in decay else decay
+            term = enclosed(node[2], text(node[2], f"{offset}-{index}", depth + 1), SUMS)
+            return f"\\sum_{{{index}\\geq 0}}{base}^{{{index}}}\\,{term}"
+        operands = [text(operand, offset, depth) for operand in node[1:]]
+        if node[0] == "mul":  # a sum over the past takes all that follows it
             operands = [
-                f"\\left({words}\\right)" if isinstance(operand, tuple) and operand[0] in ("add", "sub") else words
-                for operand, words in zip(node[1:], operands, strict=True)
+                enclosed(operand, words, bound)
+                for operand, words, bound in zip(node[1:], operands, ((*SUMS, "trace"), SUMS), strict=True)
             ]
+        if node[0] == "add":
+            operands[1] = enclosed(node[2], operands[1], ("neg",))
         return OPERATORS[node[0]].latex.format(*operands)
+
+    def enclosed(node: Expr, words: str, kinds: tuple[str, ...]) -> str:
+        return f"\\left({words}\\right)" if isinstance(node, tuple) and node[0] in kinds else words
 
     return text(expr)
 

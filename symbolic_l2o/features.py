@@ -87,6 +87,10 @@ class GradFeatures:
         zeros = {name: torch.zeros_like(like, requires_grad=False) for name in self.buffers}
         return {"step": torch.zeros((), device=like.device), **zeros}
 
+    def rest(self, name: str) -> float:
+        """A feature's value where all gradients were zero, and before the first step."""
+        return {"log": -1.0, "AdamDn_Norm": self.eps}.get(name, 0.0)
+
     def columns(self, g: Tensor, state: State) -> dict[str, Tensor]:
         """Features by name, each of g's shape; `state` goes one step on, in place."""
         step = state["step"].add_(1)

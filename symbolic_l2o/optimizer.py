@@ -16,12 +16,29 @@ from symbolic_l2o.tensorlist import TensorList
 BLOCK = 2**16  # weights at a time without compilation, so that what an operator leaves is in the cache for the next
 
 
+def local(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor (FSDP2), sharing its memory; any other tensor itself.
+
+    A rule is elementwise, so each rank moves its own part.
+    """
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
+
+
+def _gradient(p: Any) -> Tensor:
+    """The gradient of a parameter, laid out as the parameter is."""
+    g = p.grad
+    if hasattr(p, "placements") and g.placements != p.placements:
+        g = g.redistribute(p.device_mesh, p.placements)
+    return local(g)
+
+
 class SymbolicOptimizer(Optimizer):
     """p <- p (1 - lr weight_decay) + lr rule(gradients so far); the rule is negative for descent.
 
     State of a parameter: `step`, the moments that the rule's features need, one tensor for each trace and for each step
     back that it reads; for a pole rule over mt and gt four floats a weight. A parameter without gradient is left alone
-    and its step does not advance. A gradient that is not finite goes into parameter and state as it is.
+    and its step does not advance. A gradient that is not finite goes into parameter and state as it is. What lies
+    before the first step counts as the feature's value at rest (0, but -1 for `log`). Parameters may be DTensors.
 
     Args:
         params: parameters or groups of them, with their own lr and weight_decay.
@@ -138,19 +155,22 @@ class SymbolicOptimizer(Optimizer):
         state["step"] = torch.zeros((), dtype=torch.float32)
         for name in self._trace_names():
             state[name] = torch.zeros_like(wide, dtype=self.state_dtype or wide.dtype)
-        for name in self._delay_names():
-            state[name] = torch.zeros_like(wide)
+        for name, most in self._delays.items():
+            for tap in range(1, most + 1):
+                state[f"{name}_{tap}"] = torch.full_like(wide, self._features.rest(name))
 
     def _step_one(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         state["step"] += 1
-        lr = torch.as_tensor(group["lr"], dtype=torch.float32, device="cpu")
+        rate = float(group["lr"])
+        wide = torch.promote_types(p.dtype, torch.float32)  # 1 - lr weight_decay would be 1 in a narrower type
+        lr, decay = (torch.tensor(x, dtype=wide, device="cpu") for x in (rate, 1 - rate * group["weight_decay"]))
         step = state["step"]
-        tensors = {name: tensor for name, tensor in state.items() if name != "step"}
+        tensors = {name: local(tensor) for name, tensor in state.items() if name != "step"}
         debias = self._features.debias(step)
-        g = -p.grad if group["maximize"] else p.grad  # type: ignore[operator]
-        assert g is not None
-        numbers = (lr, 1 - lr * group["weight_decay"], step, *debias)
+        p, g = local(p), _gradient(p)
+        g = -g if group["maximize"] else g
+        numbers = (lr, decay, step, *debias)
         if not all(t.is_contiguous() for t in (p, g, *tensors.values())):
             self._kernel(p, g, tensors, *numbers)
         else:
@@ -164,12 +184,12 @@ class SymbolicOptimizer(Optimizer):
         states = [self.state[p] for p in bucket]
         torch._foreach_add_([state["step"] for state in states], 1)
         step = states[0]["step"]
-        tensors = {name: TensorList([state[name] for state in states]) for name in states[0] if name != "step"}
+        tensors = {name: TensorList([local(s[name]) for s in states]) for name in states[0] if name != "step"}
         lr = float(group["lr"])
         debias = self._features.debias(step)
-        g = TensorList([p.grad for p in bucket])  # type: ignore[misc]
+        g, weights = TensorList([_gradient(p) for p in bucket]), TensorList([local(p) for p in bucket])
         decay = 1 - lr * group["weight_decay"]
-        self._advance(TensorList(bucket), g.neg() if group["maximize"] else g, tensors, lr, decay, step, *debias)
+        self._advance(weights, g.neg() if group["maximize"] else g, tensors, lr, decay, step, *debias)
         for state in states:
             self._rotate(state)
 

@@ -52,6 +52,7 @@ class SymbolicRule:
         for name, value in self.coefficients.items():
             if name.startswith("gamma") and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        object.__setattr__(self, "coefficients", {name: float(value) for name, value in self.coefficients.items()})
         object.__setattr__(self, "expr", read_expr(self.expr, self.features, self.coefficients))
 
     # As text
@@ -119,10 +120,21 @@ class SymbolicRule:
     def init_state(self, like: Tensor) -> State:
         """State before the first step for coordinates (P,): delayed features (P, F, memory), then one trace each (P,).
 
-        Every tensor has the coordinates first.
+        Every tensor has the coordinates first. Delayed features start at rest, traces at 0.
         """
-        delay = [like.new_zeros(len(like), len(self.features), self.memory)] if self.memory else []
+        delay = [self._rest(like)[:, None].repeat(len(like), 1, self.memory)] if self.memory else []
         return [*delay, *(torch.zeros_like(like) for _ in self.traces)]
+
+    def _rest(self, like: Tensor) -> Tensor:
+        """Its features' values at rest (F,)."""
+        known = self.gradient_features()
+        return like.new_tensor([known.rest(name) for name in self.features])
+
+    @cached_property
+    def at_rest(self) -> float:
+        """Its output at the first step of a coordinate whose gradient is zero."""
+        z = self._rest(torch.zeros(1, dtype=torch.float64))[None]
+        return float(self.step(z, self.init_state(z[:, 0]))[0])
 
     def step(self, z: Tensor, state: State, coefficients: Coefficients | None = None) -> tuple[Tensor, State]:
         """Output (P,) for features z (P, F), and the next state; differentiable in coefficients and state."""
@@ -143,15 +155,19 @@ class SymbolicRule:
         return out + torch.zeros_like(z[:, 0]), [*kept, *new.values()]
 
     def __call__(self, history: Tensor, coefficients: Coefficients | None = None) -> Tensor:
-        """Output (P,) from a window of features (L, P, F), history[0] now; what lies before the window counts as 0."""
+        """Output (P,) from a window of features (L, P, F), history[0] now.
+
+        Before the window features count as at rest, and traces as 0.
+        """
         values = self.coefficients if coefficients is None else coefficients
-        length = len(history)
+        length, rest = len(history), self._rest(history)
 
         def at(node: Expr, offset: int) -> Any:
             def feature(name: str, tap: int) -> Tensor:
+                column = self.features.index(name)
                 if tap + offset >= length:
-                    return torch.zeros_like(history[0, :, 0])
-                return history[tap + offset, :, self.features.index(name)]
+                    return torch.zeros_like(history[0, :, 0]) + rest[column]
+                return history[tap + offset, :, column]
 
             def trace(inner: tuple[Any, ...]) -> Any:
                 decay = values[inner[1]] if isinstance(inner[1], str) else inner[1]
@@ -216,6 +232,29 @@ def _tidy(expr: Expr) -> Expr:
     while (folded := fold(expr, {})) != expr:
         expr = folded
     return expr
+
+
+REMEMBERING = ("mt", "AdamUp_unNorm", "AdamUp_Norm", "mom5", "mom9", "mom99", "nt")  # not 0 after any gradient but 0
+FORGETTING = 0.99  # decay of the trace that does so for the others; it leaves single precision after 8,000 zeros
+
+
+def silent_at_rest(rule: SymbolicRule) -> SymbolicRule:
+    """The rule, but 0 for a coordinate that never had a gradient but 0; the rule itself where it is 0 there already.
+
+    An equation with a value at rest (an intercept; DM's log, which rests at -1) would move dead weights for ever. Taken
+    off everywhere that value would move all others; so a factor [|z| > 0] turns the rule on with the first gradient. A
+    coordinate that was alive once and then has zero gradients is left to the equation, whatever it says there.
+    """
+    if abs(rule.at_rest) < 1e-12 and "log" not in rule.features:
+        return rule
+    witness = next((name for name in REMEMBERING if name in rule.features), None)
+    if witness is not None:
+        seen: Expr = ("abs", ("z", witness, 0))
+    else:
+        name = next((n for n in ("sgn", "g", "gt") if n in rule.features), rule.features[0])
+        rest, z = rule.gradient_features().rest(name), ("z", name, 0)
+        seen = ("trace", FORGETTING, ("abs", ("sub", z, rest) if rest else z))
+    return replace(rule, expr=("mul", ("greater", seen, 0.0), rule.expr))
 
 
 def sum_of(terms: Sequence[Expr]) -> Expr:

@@ -240,5 +240,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
+        chosen = not self.study.networks or self.data.val > 0
+        require(chosen, "data.val", self.data.val, "positive with study.networks, whose learning rates it chooses")
         forward = self.meta.mode == "forward" and self.task == "teacher"
         require(not forward, "meta.mode", self.meta.mode, "suffix for a teacher")

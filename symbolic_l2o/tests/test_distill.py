@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from symbolic_l2o import SymbolicOptimizer, SymbolicRule, collect, distill
-from symbolic_l2o.distill import _rule, fidelity, resting
+from symbolic_l2o.distill import fidelity
 from symbolic_l2o.records import SRData, draw_starts, extract_windows, window_count
 from symbolic_l2o.regression import Candidate, Search, knee, line_fit, predict, symbolic_regression
 from symbolic_l2o.rule import fir_rule, pole_rule
@@ -188,13 +188,45 @@ def test_the_scale_of_raw_gradients_is_folded_back() -> None:
     assert distill(data, "g", "operon", search=QUICK).r2 > 0.99
 
 
-def test_what_an_equation_says_at_rest_is_taken_off() -> None:  # acceptance 21
-    x = ("z", 0, 0)
-    for expr in (("tanh", ("sub", x, 1.0)), ("add", ("exp", x), 0.5), ("mul", 2.0, ("exp", ("z", 1, 0)))):
-        rule = _rule(expr, ("mt",), torch.ones(1, dtype=torch.float64), "by hand")
-        assert float(rule(torch.zeros(2, 1, 1, dtype=torch.float64))) == pytest.approx(0, abs=1e-12)
-        assert abs(float(rule(torch.ones(2, 1, 1, dtype=torch.float64)))) > 0.5
+@pytest.mark.parametrize("backend", ["operon", "template"])
+def test_the_equation_is_judged_with_its_intercept_and_the_rule_rests_without_one(backend: str) -> None:  # 21
+    X = windows(800, length=4)
+    X[:, :, 0] = X[:, :, 0].abs() + 1  # far from rest, as in records of live coordinates
+    data = labelled(X, 0.8 - torch.tanh(X[:, 0, 0]) + 0.1 * X[:, 1, 1])
+    found = distill(data, "RP", backend, search=QUICK)  # type: ignore[arg-type]
+    _, test = data.split(0)
+    assert found.r2 == pytest.approx(fidelity(found.equation, test)) and found.rule.at_rest == 0
+    assert fidelity(found.rule, test) == pytest.approx(found.r2, abs=1e-12)  # no bias on live coordinates
+    if backend == "operon":
+        assert found.r2 > 0.95 and abs(found.equation.at_rest) > 0.1
+        assert found.equation.complexity() < found.rule.complexity()
+    else:
+        assert found.rule == found.equation  # psi has no intercept
 
 
-def test_a_feature_at_rest_has_the_value_of_a_zero_gradient() -> None:
-    assert (resting("mt"), resting("log"), resting("sgn")) == (0, -1, 0)
+def test_the_knee_is_taken_from_the_r2_that_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[float] = []
+
+    def spy(candidates: list[Candidate], scores: list[float]) -> Candidate:
+        kept.extend(scores)
+        return knee(candidates, scores)
+
+    monkeypatch.setattr(sys.modules["symbolic_l2o.distill"], "knee", spy)
+    X = windows(500, length=4)
+    found = distill(labelled(X, 3 + torch.tanh(X[:, 0, 0] - 1)), "RP", search=QUICK)
+    assert min(abs(found.r2 - score) for score in kept) < 1e-9 and found.r2 >= max(kept) - 0.01
+    assert found.front_r2 == pytest.approx(max(kept), abs=1e-9)
+
+
+def test_the_rules_of_dm_records_leave_dead_coordinates_alone() -> None:  # acceptance 21
+    torch.manual_seed(2)
+    data = collect(LSTMTeacher("dm"), tiny_problem(), 8, 40, 2, 0, 4)
+    for backend in ("template", "template_tanh", "pole", "operon"):
+        found = distill(data, "DM", backend, search=QUICK)  # type: ignore[arg-type]
+        p = torch.ones(2, requires_grad=True)
+        optimizer = SymbolicOptimizer([p], found.rule, lr=1.0)
+        for _ in range(100):
+            p.grad = torch.tensor([0.0, 1e-3])
+            optimizer.step()
+        assert p[0] == 1 and p[1] != 1, backend
+        assert fidelity(found.rule, data) == pytest.approx(fidelity(found.equation, data), abs=1e-6)

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.tests import children
 from symbolic_l2o import SymbolicOptimizer, SymbolicRule, presets
 from symbolic_l2o.baselines import LearnerOptimizer
 from symbolic_l2o.features import GradFeatures
 from symbolic_l2o.kernel import divide, rational_tanh
 from symbolic_l2o.presets import PRESETS, lambda_rule
-from symbolic_l2o.rule import fir_rule
+from symbolic_l2o.rule import fir_rule, pole_rule, silent_at_rest
 from symbolic_l2o.teachers import LSTMTeacher
+from symbolic_l2o.tests import two_ranks
 
 SHAPES = ((4, 3), (5,), (2, 3, 3, 3))
 
@@ -91,6 +93,27 @@ def test_the_lambda_rule_goes_from_averaged_gradients_to_adam(value: float, deno
 def test_decoupled_weight_decay_is_adamws() -> None:
     theirs = drive(torch.optim.AdamW(parameters(), lr=0.01, betas=(0.95, 0.95), weight_decay=0.3), range(30))
     assert close(drive(SymbolicOptimizer(parameters(), presets("adam"), 0.01, weight_decay=0.3), range(30)), theirs)
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"compiled": True}])
+def test_a_small_decay_of_double_precision_is_not_lost_in_rounding(options: dict[str, bool]) -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = SymbolicOptimizer([p], presets("sgd"), lr=1e-4, weight_decay=1e-4, **options)
+    for _ in range(100):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert (1 - p.detach()).tolist() == pytest.approx([1 - (1 - 1e-8) ** 100] * 3, rel=1e-6)
+
+
+def test_sharded_weights_move_as_whole_ones(tmp_path: Path) -> None:
+    done = children.run(*children.TORCHRUN, two_ranks.__file__, tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, rule in two_ranks.rules().items():
+        for form, options in two_ranks.FORMS.items():
+            found, whole = torch.load(tmp_path / f"{name}-{form}.pt"), two_ranks.trained(rule, False, **options)
+            assert close(list(found.values()), list(whole.values()), 1e-5), (name, form)
+            torch.manual_seed(0)
+            assert not torch.allclose(whole["0.weight"], nn.Linear(4, 5).weight, atol=1e-3)
 
 
 def test_maximising_is_minimising_the_negative() -> None:
@@ -260,6 +283,59 @@ def test_a_weight_that_never_saw_a_gradient_does_not_move(name: str) -> None:  #
         p.grad = torch.tensor([0.0, 1.0, -1.0, 0.0]) * (step + 1)
         optimizer.step()
     assert p[0] == p[3] == 1 and p[1] != 1 and p[2] != 1
+
+
+def resting_rules() -> dict[str, SymbolicRule]:
+    """Rules that are not 0 for features at rest, deployed."""
+    weights = torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
+    shifted = ("tanh", ("sub", ("z", "gt", 2), 1.0))
+    found = {
+        "DM fir": fir_rule(("log", "sgn"), weights, [0.3, 2.0]),
+        "DM tanh": fir_rule(("log", "sgn"), weights, [0.3, 2.0], outer_tanh=True),
+        "DM pole": pole_rule(("log", "sgn"), (2.0, -1.0), (0.5, 1.5), (0.8, 0.4), (0.5, 0.8)),
+        "DM equation": SymbolicRule(("log", "sgn"), ("add", ("mul", ("z", "sgn", 3), ("exp", ("z", "log", 1))), 0.3)),
+        "RP equation": SymbolicRule(("mt", "gt"), shifted),
+        "gt alone": SymbolicRule(("gt",), shifted),
+    }
+    return {name: silent_at_rest(rule) for name, rule in found.items()}
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("name", resting_rules())
+def test_no_deployed_rule_moves_a_weight_that_never_saw_a_gradient(name: str, foreach: bool) -> None:  # acceptance 21
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SymbolicOptimizer([p], resting_rules()[name], lr=1.0, foreach=foreach)
+    for step in range(30):
+        p.grad = torch.tensor([0.0, 1.0, 0.0 if step < 20 else -1.0])
+        optimizer.step()
+        assert p[0] == 1 and (step >= 20) == bool(p[2] != 1)
+    assert p[1] != 1
+
+
+@pytest.mark.parametrize("name", ["DM fir", "DM tanh", "DM pole", "DM equation", "RP equation"])
+def test_a_deployed_rule_says_what_its_equation_says_once_there_was_a_gradient(name: str) -> None:
+    rule = resting_rules()[name]
+    assert rule.expr[0] == "mul" and rule.expr[1][0] == "greater"  # type: ignore[index]
+    equation = SymbolicRule(rule.features, rule.expr[2], rule.coefficients)  # type: ignore[index]
+    X = torch.randn(6, 9, 2, generator=torch.Generator().manual_seed(2))
+    X[0, :, 1] = 0  # no gradient in the present step alone
+    still = torch.tensor([-1.0 if "DM" in name else 0.0, 0.0]).expand(1, 9, 2)
+    assert torch.equal(rule(X), equation(X))
+    assert torch.equal(rule(still), torch.zeros(9)) and (equation(still).abs() > 0.1).all()
+
+
+def test_what_lies_before_the_first_step_is_at_rest() -> None:
+    rule = SymbolicRule(("log", "sgn"), ("z", "log", 2))
+    p = nn.Parameter(torch.zeros(1))
+    optimizer, seen = SymbolicOptimizer([p], rule, lr=1.0), []
+    state = rule.init_state(p.detach())
+    for g in (1.0, 1.0, 0.0, 0.0):
+        before, p.grad = p.item(), torch.tensor([g])
+        optimizer.step()
+        out, state = rule.step(GradFeatures("DM")(p.grad, {"step": torch.zeros(())}), state)
+        seen.append((p.item() - before, float(out)))
+    assert [found for pair in seen for found in pair] == pytest.approx([-1, -1, -1, -1, 0, 0, 0, 0], abs=1e-6)
+    assert rule(torch.zeros(2, 3, 2)).tolist() == [-1] * 3
 
 
 def test_low_precision_weights_have_moments_of_single_precision() -> None:

@@ -13,6 +13,9 @@ import torch
 from matplotlib.figure import Figure
 
 from common.claims import judge
+from common.config import parse
+from common.runs import generator
+from common.study import Cell
 from common.tests.paper_checks import (
     check_a_killed_study_goes_on,
     check_a_second_call_runs_nothing,
@@ -22,14 +25,20 @@ from common.tests.paper_checks import (
     rows,
     study_options,
 )
+from symbolic_l2o import reproduce as study
 from symbolic_l2o.claims import CLAIMS
 from symbolic_l2o.cost import peak_bytes, step_costs, tuning_floats, tuning_peak
 from symbolic_l2o.expr import fold, latex
 from symbolic_l2o.figures import draw
+from symbolic_l2o.inner import begin, run_window
+from symbolic_l2o.meta_gradient import ForwardMode
 from symbolic_l2o.presets import PRESETS, presets
 from symbolic_l2o.regression import Search
 from symbolic_l2o.reproduce import reproduce
 from symbolic_l2o.sanity import TARGETS, recovered, target
+from symbolic_l2o.settings import Config
+from symbolic_l2o.tests.vectors import tiny_problem
+from symbolic_l2o.tuning import TunedRule
 
 ONE = ["--study.seeds", "[0]", "--study.workers", "1"]
 SMALL = [*ONE, "--study.arms", "[rp_s, baselines, tune]", "--study.unseen", "[tanh]"]
@@ -163,7 +172,7 @@ def test_the_form_claim_takes_the_worst_teacher() -> None:
     for seed in range(2):
         for arm, searched in (("rp", 0.7), ("rp_s", 0.83), ("rp_si", 0.7)):
             found += [equation(arm, "template", seed, r2=0.75), equation(arm, "template_tanh", seed, r2=0.80)]
-            found.append(equation(arm, "operon-0", seed, r2=searched, complexity=9))
+            found.append(equation(arm, "operon-0", seed, r2=0.1, front_r2=searched, complexity=9))
     assert judged("C6", found)[0] == "not held" and judged("C6", found)[1] == pytest.approx([0.03, 0.03])
 
 
@@ -208,7 +217,43 @@ def test_costs_are_counted() -> None:
     found = step_costs(2000)
     assert (found["pole_floats"], found["rp_s_floats"], found["rp_floats"]) == (4, 16, 82)
     assert found["rp_s_step_ratio"] > 0
-    assert tuning_floats(20, 8, 2) == {"suffix": 65, "forward": 12} and tuning_floats(40, 8, 2)["forward"] == 12
+    assert tuning_floats(20, 8, 2) == {"suffix": 67, "forward": 28} and tuning_floats(40, 8, 2)["forward"] == 28
+
+
+def test_the_floats_of_meta_tuning_are_those_of_its_tensors() -> None:
+    learner, problem = TunedRule(presets("rp_pole_mnist5k")), tiny_problem()
+    path = begin(learner, problem, generator(0))
+    mode = ForwardMode(learner.step_at, learner.theta, path.x, path.state)
+    seen = run_window(learner, problem, path, 20, (7,))
+    mode.step(seen.features[0])
+    moments = [path.moments["m"], path.moments["v"]]
+    kept = {
+        "forward": [mode.sensitivity, *mode.tangents, *mode.state, *moments],
+        "suffix": [seen.gradients, seen.features, *seen.start, *path.state, *moments],
+    }
+    counted = {name: sum(t.numel() for t in tensors) / problem.size for name, tensors in kept.items()}
+    assert counted == tuning_floats(20, len(learner.theta), 2)
+
+
+def test_rivals_choose_their_learning_rates_on_other_starts_than_those_of_the_race(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    starts: dict[str, set[bytes]] = {"choose": set(), "race": set()}
+
+    def spy(name: str, function: Any) -> Any:
+        def watched(problem: Any, make: Any, lr: Any, count: int, steps: int, keys: tuple[int, ...], *more: Any) -> Any:
+            starts[name] |= {problem.init(generator(*keys, 0, n)).numpy().tobytes() for n in range(count)}
+            starts[name] |= {problem.batch(*keys, 1, n, 0)[1].numpy().tobytes() for n in range(count)}
+            return function(problem, make, lr, count, steps, keys, *more)
+
+        return watched
+
+    for name in starts:
+        monkeypatch.setattr(study, name, spy(name, getattr(study, name)))
+    options = ["--study.unseen", "[tanh]", "--study.baselines", "[adam]"]
+    config = parse(Config, ["--config", str(study.HERE / "configs" / "smoke.yaml"), *options], prog="reproduce.py")
+    study.baselines_cell(config, Cell({"arm": "baselines"}, 0), lambda fraction: None)
+    assert len(starts["race"]) == 6 and len(starts["choose"]) == 2 and not starts["race"] & starts["choose"]
 
 
 def test_the_peak_of_meta_tuning_counts_what_is_held_at_once() -> None:

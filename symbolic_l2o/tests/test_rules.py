@@ -173,6 +173,34 @@ def test_a_formula_reads_as_in_the_paper() -> None:
     assert presets("momentum").latex() == r"\left(-1\right)\,\sum_{j\geq 0}0.9^{j}\,\mathrm{g}_{t-j}"
 
 
+def test_sums_over_the_past_bind_as_they_are_meant() -> None:
+    x, y = ("z", "mt", 0), ("z", "gt", 1)
+
+    def text(expr: object) -> str:
+        return SymbolicRule(("mt", "gt"), expr).latex()  # type: ignore[arg-type]
+
+    past = r"\sum_{j\geq 0}0.5^{j}\,\tilde m_{t-j}"
+    assert text(("trace", 0.5, x)) == past
+    both = r"\sum_{j\geq 0}0.5^{j}\,\left(\tilde m_{t-j}+\tilde g_{t-1-j}\right)"
+    assert text(("trace", 0.5, ("add", x, y))) == both
+    nested = r"\sum_{j\geq 0}0.5^{j}\,\tanh\left(\sum_{k\geq 0}0.9^{k}\,\tilde m_{t-j-k}\right)"
+    assert text(("trace", 0.5, ("tanh", ("trace", 0.9, x)))) == nested
+    assert text(("add", ("trace", 0.5, x), ("trace", 0.5, x))) == past + "+" + past  # side by side, both have j
+    assert text(("mul", ("trace", 0.5, x), y)) == r"\left(" + past + r"\right)\,\tilde g_{t-1}"
+    assert text(("mul", y, ("trace", 0.5, x))) == r"\tilde g_{t-1}\," + past
+    assert text(("trace", 1e-5, x)) == r"\sum_{j\geq 0}\left(1\cdot10^{-5}\right)^{j}\,\tilde m_{t-j}"
+    minus = ("sub", x, ("add", x, y))
+    assert text(minus) == r"\tilde m_{t}-\left(\tilde m_{t}+\tilde g_{t-1}\right)"
+
+
+def test_whole_numbers_serve_as_coefficients() -> None:
+    rule = SymbolicRule(("mt",), ("mul", ("tanh", "a"), ("z", "mt", 0)), {"a": 1})
+    assert rule.coefficients == {"a": 1.0} and isinstance(rule.coefficients["a"], float)
+    z = torch.ones(1, 2, 1)
+    assert rule(z).tolist() == pytest.approx([0.761594] * 2) and rule.complexity() == 3
+    assert SymbolicRule.from_json(rule.to_json()) == rule
+
+
 def test_a_name_that_is_no_preset_is_refused() -> None:
     with pytest.raises(ValueError, match=r"preset must be one of rp_pole_mnist5k, .*got 'lion'"):
         presets("lion")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common.config import ConfigError, parse
+from common.data import load
 from common.runs import load_checkpoint, read_json
 from common.tests import children
 from common.tests.paper_checks import check_eval_refuses, copied, kill_after_a_checkpoint, losses, quiet, refusal, said
@@ -18,8 +21,9 @@ from symbolic_l2o import SymbolicRule, presets
 from symbolic_l2o import eval as evaluation
 from symbolic_l2o import train as training
 from symbolic_l2o.export import ExportConfig, export
+from symbolic_l2o.problems import half_size
 from symbolic_l2o.settings import Config, L2OStudy, MetaConfig, NetworkConfig, RecordConfig
-from symbolic_l2o.train import read_rule, train
+from symbolic_l2o.train import halves, meta_problems, race_problem, read_rule, train
 
 SCRIPT = Path(training.__file__)
 CONFIGS = SCRIPT.parent / "configs"
@@ -134,6 +138,68 @@ def test_two_processes_meta_train_the_teacher_of_one(finished: Path, tmp_path: P
     assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one)
 
 
+def test_two_processes_train_the_network_of_one(tmp_path: Path) -> None:  # acceptance 30
+    options = [*NETWORK, "--problem.name", "relu01", "--network.optimizer", "sgdm", "--network.lr", 0.1]
+    done = children.run(*children.TORCHRUN, SCRIPT, *arguments(*options, "--run.folder", tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    train(config(*options), tmp_path / "one", quiet)
+    one, two = (load_checkpoint(tmp_path / name / "model.pt")["model"] for name in ("one", "two"))
+    assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one)
+
+
+# Which images, which learning rate
+
+
+def test_meta_training_and_races_share_no_image() -> None:
+    data = load(config().data).train
+    a, b = halves(data)
+    whole = {image.numpy().tobytes() for image in data.images}
+    parts = [{image.numpy().tobytes() for image in half.images} for half in (a, b)]
+    assert not parts[0] & parts[1] and parts[0] | parts[1] == whole and len(a) == len(b)
+    problems = [*meta_problems(config(), data, torch.device("cpu")), race_problem("sig", config(), data)]
+    for problem, half in zip(problems, (a, a, b), strict=True):
+        assert torch.equal(problem.images, half_size(half.images)) and torch.equal(problem.labels, half.labels)
+
+
+def test_accuracies_are_those_of_test_and_validation_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def spy(config: Config, model: Any, data: Any) -> float:
+        seen.append(data.images)
+        return 10.0 * len(seen)
+
+    monkeypatch.setattr(training, "accuracy_of", spy)
+    monkeypatch.setattr(evaluation, "accuracy_of", spy)
+    run = config(*NETWORK, "--data.val", 0.25)
+    splits = load(run.data)
+    assert {name: train(run, tmp_path, quiet)[name] for name in ("test_accuracy", "val_accuracy")} == {
+        "test_accuracy": 10,
+        "val_accuracy": 20,
+    }
+    found = evaluation.evaluate(tmp_path)
+    assert (found["test_accuracy"], found["val_accuracy"]) == (30, 40) and len(seen) == 4
+    for images, wanted in zip(seen, [splits.test, splits.val] * 2, strict=True):
+        assert torch.equal(images, wanted.images)
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_the_learning_rate_of_a_network_follows_its_schedule(
+    falls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            used.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(training, "make_optimizer", lambda config, parameters: Watched(parameters, 1.0))
+    train(config(*NETWORK, "--network.cosine", str(falls).lower(), "--network.lr", 0.2), tmp_path, quiet)
+    assert len(used) > 4
+    wanted = [0.1 * (1 + math.cos(math.pi * t / len(used))) if falls else 0.2 for t in range(len(used))]
+    assert used == pytest.approx(wanted)
+
+
 # Refused
 
 
@@ -159,6 +225,7 @@ def test_eval_prints_the_equations(finished: Path, capsys: pytest.CaptureFixture
         (["--rule.source", "missing.json", "--task", "tune"], "rule.source must be one of rp_pole_mnist5k, "),
         (["--rule.source", "adam", "--task", "tune"], "rule.source adam: a rule must have coefficients"),
         (["--rule.source", "adam", "--rule.gain", 2, "--task", "tune"], "rule.gain must be 1 for a rule without"),
+        (["--study.networks", "[adam:0.1]"], "data.val must be positive with study.networks, whose learning rates"),
         (["--records.steps", 8], "records.steps must be at least three windows"),
         (["--data.name", "npz", "--data.path", "none.npz"], "none.npz: "),
     ],

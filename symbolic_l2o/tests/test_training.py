@@ -17,7 +17,7 @@ from symbolic_l2o import meta_train, meta_tune, presets
 from symbolic_l2o.curriculum import HORIZONS, Curriculum
 from symbolic_l2o.imitation import AdamLabels, demonstrate, imitation_loss
 from symbolic_l2o.inner import begin, end_loss, run, run_window, scaled_gradient
-from symbolic_l2o.meta_training import MetaTraining
+from symbolic_l2o.meta_training import BATCH, INIT, TRICK, MetaTraining
 from symbolic_l2o.models import mlp, small_conv
 from symbolic_l2o.presets import power_rule
 from symbolic_l2o.problems import Problem, random_scale
@@ -25,7 +25,7 @@ from symbolic_l2o.race import choose, final_losses, race
 from symbolic_l2o.rule import fir_rule
 from symbolic_l2o.settings import MetaConfig
 from symbolic_l2o.teachers import LSTMTeacher
-from symbolic_l2o.tests.vectors import tiny_problem
+from symbolic_l2o.tests.vectors import relative, tiny_problem
 from symbolic_l2o.tuning import TunedRule
 
 QUICK = MetaConfig(epochs=4, horizon=12, unroll=4, lr=0.01, evaluate_every=2, evaluation_horizon=12)
@@ -247,6 +247,66 @@ def _copy(state: dict[str, object]) -> dict[str, object]:
 def test_windows_that_do_not_fill_a_run_are_refused(unroll: int, horizon: int) -> None:  # acceptance 28
     with pytest.raises(ConfigError, match=r"meta\.(unroll|horizon) must be"):
         MetaConfig(unroll=unroll, horizon=horizon)
+
+
+def first_step(**changes: object) -> tuple[MetaTraining, list[torch.Tensor]]:
+    """A training after one epoch of one window, and the meta-gradient with which it moved."""
+    options = MetaConfig(**{"epochs": 2, "horizon": 4, "unroll": 4, "evaluate_every": 9, **changes})  # type: ignore[arg-type]
+    training = MetaTraining(TunedRule(presets("rp_pole_mnist5k")), tiny_problem(), options, 0)
+    training.epoch()
+    return training, [p.grad.clone() for p in training.parameters]  # type: ignore[union-attr]
+
+
+def by_hand(scale: torch.Tensor | None = None, stale_tail: bool = False) -> list[torch.Tensor]:
+    """What `first_step` should have moved with, by autograd through the unrolled steps."""
+    learner, problem = TunedRule(presets("rp_pole_mnist5k")), tiny_problem()
+    path = begin(learner, problem, generator(0, INIT, 0))
+    factor = torch.ones(problem.size) if scale is None else scale
+    x, state, total = path.x / factor, path.state, torch.zeros(())
+    before = x
+    for step in range(5):
+        batch = problem.batch(0, BATCH, 0, step, int(step == 4))
+        at = before if stale_tail and step == 4 else x
+        g = factor * problem.gradient(factor * at.detach(), batch)[1]
+        total = total + (g * at).sum()
+        if step < 4:
+            before, (out, state) = x, learner.step(learner.features(g, path.moments), state)
+            x = x + 0.01 * out
+    return list(torch.autograd.grad(total, list(learner.parameters())))
+
+
+@pytest.mark.parametrize("mode", ["suffix", "forward"])
+def test_random_scaling_holds_in_every_step_of_a_run(mode: str) -> None:  # acceptance 24
+    problem = tiny_problem()
+    r = random_scale(problem.size, 2.0, generator(0, TRICK, 0, 1))
+    (found,), (wanted,), (plain,) = first_step(random_scale=2.0, mode=mode)[1], by_hand(r), by_hand()
+    assert relative(found, wanted) < 1e-4 < 0.1 < relative(plain, wanted)
+    assert relative(first_step(mode=mode)[1][0], plain) < 1e-4
+
+
+def test_the_stale_tail_is_taken_where_it_was_asked_for() -> None:
+    (fresh,), (stale,) = by_hand(), by_hand(stale_tail=True)
+    assert relative(first_step(stale_tail=True)[1][0], stale) < 1e-4 < 1e-2 < relative(fresh, stale)
+
+
+@pytest.mark.parametrize("imitation", [[0.0], [1.0]])
+def test_a_meta_gradient_is_clipped_to_its_largest_norm(imitation: list[float]) -> None:
+    free, clipped = (first_step(clip=clip, imitation=imitation)[1][0] for clip in (0.0, 1e-5))
+    assert float(free.norm()) > 1e-4 and float(clipped.norm()) == pytest.approx(1e-5, rel=0.15)  # torch adds 1e-6
+    assert torch.allclose(clipped / clipped.norm(), free / free.norm(), atol=1e-5)
+
+
+def test_a_stage_of_the_curriculum_ends_with_its_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = MetaConfig(epochs=9, horizon=4, unroll=4, lr=0.1, horizons=[4, 8], evaluate_every=1)
+    training = MetaTraining(teacher(), tiny_problem(), options, 0)
+    metrics = iter([1.0, 0.5, 0.6, 0.7, 0.9])  # the start, better, worse, worse; then the best at the new horizon
+    monkeypatch.setattr(training, "evaluation_loss", lambda horizon: next(metrics))
+    weights = []
+    for _ in range(3):
+        training.epoch()
+        weights.append(nn.utils.parameters_to_vector(training.learner.parameters()).detach().clone())
+    assert training.curriculum is not None and training.curriculum.index == 1 and training.best == 0.9
+    assert torch.equal(weights[2], weights[0]) and not torch.equal(weights[1], weights[0])
 
 
 # Tuning
