@@ -13,7 +13,7 @@ from backdoor_lth.tabor import AttackLoss, Search, tabor
 from backdoor_lth.traced import anchor
 from common.runs import generator
 
-INVERSION = 11  # of the generators here
+INVERSION = 1_000_011  # of the generators here; no epoch's number
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from backdoor_lth.triggers import Trigger
 from backdoor_lth.warp import Warp
 from common.runs import generator
 
-POISON = 7  # of all generators here; CHOICE draws as epoch 7 of the training batches does (README, Limits)
-CHOICE, PLACES, STARTS, BALANCE, FIELD = range(5)  # what each is for
+POISON = 1_000_007  # of all generators here; no epoch's number
+CHOICE, PLACES, STARTS, BALANCE, FIELD = range(1, 6)  # what each is for
 ATTACKED_AT_ONCE = 256
 MODES = ("dirty", "clean_label", "relabel")
 

@@ -35,7 +35,7 @@ from common.masks import Masks, prunable_weights, random_scores
 from common.runs import Run, generator, load_checkpoint, read_json, save_checkpoint
 from common.study import Progress
 
-SCORES, STARTS = 13, 17  # what a generator is for
+SCORES, STARTS = 1_000_013, 1_000_017  # what a generator is for; no epochs' numbers
 ROBUST_STEPS = 7  # of PGD, for the surrogate
 
 

@@ -76,8 +76,6 @@ def _next_masks(config: Config, model: nn.Module, masks: Masks, level: int, data
     if prune.method in ("imp", "imp+nrs"):
         return prune_weights(magnitude(model, kinds), masks, keep_of_rate(masks, prune.rate, per_layer))
     if prune.method == "random":
-        # Zeros at the end of keys do not count: at level 1 the scores are the numbers of train.py's noise (seed, 1, 0),
-        # the attack's starts in step 0. Harmless, and other keys would change the masks of stored results.
         scores = random_scores(prunable_weights(model, kinds), generator(config.seed, level))
         return prune_weights(scores, masks, keep_of_rate(masks, prune.rate, per_layer))
     if prune.method in ("snip", "taylor", "hydra"):

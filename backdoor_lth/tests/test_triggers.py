@@ -10,15 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backdoor_lth import poisoning
+from backdoor_lth.eval import CLEAN
+from backdoor_lth.inversion import INVERSION
 from backdoor_lth.pgd import EPS, STEP_SIZE, perturbed
 from backdoor_lth.poisoning import equalised, poison
 from backdoor_lth.restricted_imagenet import restricted, superclass
 from backdoor_lth.settings import Config, ModelConfig
 from backdoor_lth.tests.nets import CONFIGS, REFERENCE, config, reference
+from backdoor_lth.train import SCORES, STARTS
 from backdoor_lth.triggers import Trigger, patch_image
 from backdoor_lth.victim import victim
 from common.config import parse
-from common.data import DataError, ImageSet
+from common.data import DataConfig, DataError, ImageSet, batches
+from common.runs import generator
 
 RGB = patch_image("rgb", 5)
 
@@ -126,6 +131,29 @@ def test_one_percent_of_fifty_thousand_is_exactly_500_of_which_a_tenth_had_the_l
     assert not torch.equal(
         made.is_poisoned, poison(images, labels, Trigger(RGB, (0, 0)), ratio=0.01, target=0).is_poisoned
     )
+
+
+def test_no_epoch_of_training_draws_the_order_in_which_poison_was_chosen() -> None:
+    """The first tenth of each epoch, as `batches` orders it, has about 10 of the 100 poisoned images."""
+    images = torch.arange(2000).view(-1, 1, 1, 1) // torch.tensor([1, 256]).view(1, 2, 1, 1) % 256  # number, in bytes
+    images, labels = images.to(torch.uint8), torch.arange(2000) % 10
+    trigger = Trigger(torch.zeros(2, 1, 1, dtype=torch.uint8), (0, 0))
+    for seed in range(4):
+        made = poison(images, labels, trigger, ratio=0.05, target=0, mode="relabel", seed=seed)
+        assert int(made.is_poisoned.sum()) == 100
+        drawn = batches(ImageSet(images, labels, 10), 200, DataConfig(), seed=seed)
+        for epoch in range(41):
+            first, *_ = (next(drawn)[0].flatten(1).int() @ torch.tensor([1, 256], dtype=torch.int32) for _ in range(10))
+            assert 0 < int(made.is_poisoned[first].sum()) < 30, (seed, epoch)
+
+
+def test_no_two_purposes_share_their_draws_nor_draw_what_an_epoch_does() -> None:
+    inner = (poisoning.CHOICE, poisoning.PLACES, poisoning.STARTS, poisoning.BALANCE, poisoning.FIELD)
+    keys = [(poisoning.POISON, *rest) for rest in ((), *((key,) for key in inner), (poisoning.PLACES, 1))]
+    keys += [(purpose, number) for purpose in (INVERSION, SCORES, STARTS, CLEAN) for number in range(12)]
+    keys += [(epoch, batch) for epoch in range(200) for batch in range(12)]  # orders and crops
+    draws = [torch.randint(2**60, (1,), generator=generator(3, *each)).item() for each in keys]
+    assert len(set(draws)) == len(keys)
 
 
 def test_relabelling_changes_labels_and_no_pixel() -> None:
