@@ -321,7 +321,7 @@ class Run:
         """
         for name, value in _tensors(snapshot):
             if not bool(value.isfinite().all()):
-                raise NonFiniteError(f"{name} is not finite at step {step}; {self._kept()}")
+                raise NonFiniteError(f"{name} is not finite at step {step}; {self.kept}")
         if self.writes:
             self._flush()
             size = self._metrics.seek(0, os.SEEK_END)
@@ -346,7 +346,7 @@ class Run:
         """Raise `NonFiniteError` naming the step and the first value that is NaN or Inf."""
         for name, value in values.items():
             if not math.isfinite(value):
-                raise NonFiniteError(f"{name} is {value} at step {step}; {self._kept()}")
+                raise NonFiniteError(f"{name} is {value} at step {step}; {self.kept}")
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write `done.json`: the run is finished and its final metrics are these."""
@@ -384,7 +384,9 @@ class Run:
             if not key.startswith(("run.", "study.")):
                 yield key, old, new
 
-    def _kept(self) -> str:
+    @property
+    def kept(self) -> str:
+        """In words, for what ends a run: where its last checkpoint is."""
         saved = (self.folder / "checkpoint.pt").exists()
         return f"the last good checkpoint is in {self.folder}" if saved else "no checkpoint had been written"
 

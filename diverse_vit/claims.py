@@ -97,6 +97,7 @@ CLAIMS = [
         paper="+0.70 to +1.76 points top-1 over DeiT backbones, ImageNet, 300 epochs",
         measure=difference("all", "plain", accuracy),
     ),
+    # D2a and D2b have no control and hold for untrained networks of the demo as well: see README.md.
     Claim(
         id="D2a",
         statement="Plain: the cosine between patches grows with depth (Spearman correlation with the layer)",

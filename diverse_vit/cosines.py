@@ -4,6 +4,7 @@ Signed means over all pairs factor through mean unit vectors and cost O(n d); ab
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,11 +20,14 @@ ROWS = 64
 
 
 def exact(loss: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: the loss is computed without autocast, also within it."""
+    """Decorator: the loss, whose first argument is a tensor, is computed without autocast, also within it."""
+    name = next(iter(inspect.signature(loss).parameters))
 
     @functools.wraps(loss)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        first: Any = args[0]
+        first: Any = args[0] if args else kwargs.get(name)
+        if first is None:
+            return loss(*args, **kwargs)  # a TypeError that names what is missing
         with torch.autocast(first.device.type, enabled=False):
             return loss(*args, **kwargs)
 

@@ -53,7 +53,8 @@ class DiverseRegularizer:
         token_head: maps patches after the last block (batch, n, d) to logits, where the network has no such path.
         power_iters, start: of the conditional orthogonality; see `cno` and `cno_starts`.
         rank: in the seed of the start vectors; None is this process's own.
-        debug: look for NaN and Inf in images and terms, and for labels beyond the classes.
+        debug: look for NaN and Inf in images and terms, and name labels that are no class (else torch's IndexError or
+            RuntimeError does on the CPU, an assertion on a GPU).
 
     Attributes:
         step: seeds the start vectors and grows by one a call; set it when a run is resumed.
@@ -139,8 +140,7 @@ class DiverseRegularizer:
         if isinstance(mixed, Tensor):
             count = 0 if last is None else last.shape[1] - self._prefix
             mixed = MixedBatch(images, mixed, mixed, 1.0, torch.ones(count, device=images.device))
-        if self.debug and max(mixed.y1.max(), mixed.y2.max()) >= logits.shape[1]:
-            raise ValueError(f"labels must be below the network's {logits.shape[1]} classes")
+        _check_labels(mixed, logits, self.debug)
 
         terms = {"ce": self._cross_entropy(logits, last, mixed)}
         with torch.autocast(images.device.type, enabled=False):
@@ -255,6 +255,17 @@ def _checked_weights(main: Mapping[str, float], extra: Mapping[str, float]) -> d
         if not 0 <= weight < float("inf"):
             raise ValueError(f"{name} must be at least 0 and finite, got {weight}")
     return {name: weight for name, weight in weights.items() if weight}
+
+
+def _check_labels(mixed: MixedBatch, logits: Tensor, debug: bool) -> None:
+    """Raise ValueError unless there is one label an image and, in debug mode, of a class of the network."""
+    batch, classes = logits.shape
+    for labels in (mixed.y1, mixed.y2):
+        if labels.shape != (batch,):  # one label alone would be spread over all images
+            raise ValueError(f"labels must have shape ({batch},), one an image, got {tuple(labels.shape)}")
+        if debug and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+            got = f"{int(labels.min())} to {int(labels.max())}"
+            raise ValueError(f"labels must be in [0, {classes}), the network's classes, got {got}")
 
 
 def _check_finite(values: Mapping[str, Tensor]) -> None:

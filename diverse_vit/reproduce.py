@@ -56,6 +56,8 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
     config = study_config(Config, HERE / "configs", arguments)
     load(config.data)  # once, before any cell: a download happens here, a data set that is not there ends here
     study = config.study
+    for arm in study.arms:
+        config.check_mix(study.objective(arm), f"study.arms.{arm}")
     cells = [Cell({"arm": arm, **study.arms[arm]}, seed) for seed in study.seeds for arm in study.arms]
     # Nothing of the study but the cell itself: with more arms, seeds or workers finished cells are found again.
     one = replace(config, study=DiverseStudy())

@@ -24,7 +24,7 @@ class ObjectiveConfig:
     """What is added to the cross-entropy, with its weights; nothing at all is the plain network."""
 
     mix: bool = False
-    """cross-entropy of every patch against its own label; on or off, it has no weight"""
+    """cross-entropy of every patch against its own label; on or off, it has no weight; with mixup, cutmix or emb_*"""
     emb_cos: float = 0.0
     """of the cosine between patches after the last block; released: 0.5"""
     emb_nce: float = 0.0
@@ -45,6 +45,11 @@ class ObjectiveConfig:
             require(name in EXTRAS, "objective.extra", name, f"among {', '.join(EXTRAS)}")
             _require_weight(f"extra.{name}", weight)
         require(all(layer >= 0 for layer in self.attn_layers), "objective.attn_layers", self.attn_layers, "at least 0")
+
+    def parts_patches(self) -> bool:
+        """Whether a term drives patches apart, against the pull of one label for all of them."""
+        extra = any(weight for name, weight in self.extra.items() if name.startswith("emb_"))
+        return self.emb_cos > 0 or self.emb_nce > 0 or extra
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,13 @@ class Config:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         batch, mixing = self.train.batch_size, self.train.mixup > 0 or self.train.cutmix > 0
         require(not (mixing and batch % 2), "train.batch_size", batch, "even with mixup or cutmix")
+        self.check_mix(self.objective, "objective")
+
+    def check_mix(self, objective: ObjectiveConfig, name: str) -> None:
+        """Raise `ConfigError` where every patch would have the image's label and nothing against it (spec i)."""
+        mixing = self.train.mixup > 0 or self.train.cutmix > 0
+        alone = objective.mix and not mixing and not objective.parts_patches()
+        require(not alone, f"{name}.mix", True, "false without mixup, cutmix or an embedding term")
 
 
 def _require_weight(name: str, weight: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
 
 from common import distributed
 from common.augment import erase, roll
@@ -76,7 +76,7 @@ def _fit(
         if average is not None:
             average.load_state_dict(saved["average"])
         start, skipped, in_a_row = saved["step"], saved["skipped"], saved["in_a_row"]
-    position = start
+    position, kept = start, f"the last good checkpoint is in {run.folder}"
 
     def snapshot() -> dict[str, Any]:
         state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -103,7 +103,9 @@ def _fit(
             output.loss.backward()
             distributed.synchronize(model)
             if options.clip:
-                nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip).item()
+                if not math.isfinite(norm):  # the same on every rank
+                    raise NonFiniteError(f"gradient norm is {norm} at step {step}; {kept}")
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate(step - skipped, per_epoch)
             optimizer.step()
@@ -113,8 +115,7 @@ def _fit(
             skipped += 1
             run.log(position, "skipped", skipped=skipped)
             if in_a_row == MOST_SKIPPED:
-                where = f"at step {step}, {MOST_SKIPPED} steps in a row"
-                raise NonFiniteError(f"loss is not finite {where}; the last good checkpoint is in {run.folder}")
+                raise NonFiniteError(f"loss is not finite at step {step}, {MOST_SKIPPED} steps in a row; {kept}")
 
         if position % per_epoch == 0:
             if finite:
@@ -124,6 +125,10 @@ def _fit(
                 run.log(position, "train", epoch=position // per_epoch, **values)
             if len(splits.val):
                 run.log(position, "val", val_accuracy=accuracy(model, splits.val, config.model.normalize))
+    content = {"model": model.state_dict()}
+    content.update({} if average is None else {"average": average.state_dict()})
+    if bad := [f"{name} {key}" for name, state in content.items() for key in not_finite(state)]:
+        raise NonFiniteError(f"{bad[0]} is not finite after step {position - 1}; {kept}")
     regularizer.detach()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     metrics: dict[str, Any] = {"parameters": parameters, "skipped": skipped, "hooks_left": hook_count(model)}
@@ -131,8 +136,6 @@ def _fit(
     if len(splits.val):
         metrics["val_accuracy"] = accuracy(model, splits.val, config.model.normalize)
     if run.writes:
-        content = {"model": model.state_dict()}
-        content.update({} if average is None else {"average": average.state_dict()})
         save_checkpoint(run.folder / "model.pt", content)
     run.finish(metrics)
     return metrics
@@ -171,6 +174,11 @@ def mixer(config: Config, step: int) -> PatchMixup:
     return PatchMixup(
         options.mixup, options.cutmix, patch_size=config.model.patch, generator=np.random.RandomState(draws)
     )
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or Inf."""
+    return [name for name, value in state.items() if not value.isfinite().all()]
 
 
 def hook_count(model: nn.Module) -> int:

@@ -33,6 +33,9 @@ def accuracies(
         size: side that the network wants, see `views.centre_crop`.
         batch_size: changes time, not values: starts are drawn image by image.
         seed: of the random starts, the same for every network.
+
+    Raises:
+        FloatingPointError: logits, or the loss of the attack, are NaN or infinite.
     """
     model.eval()
     device, draws = next(model.parameters()).device, generator(seed)
@@ -51,4 +54,7 @@ def _right(model: nn.Module, x: Tensor, y: Tensor, attack: Regime, start: Tensor
         limits = {"eps": attack.eps, "step_size": attack.step_size, "steps": attack.steps}
         return pgd_survivors(model, x, y, start=start, **limits)  # type: ignore[arg-type]
     with torch.no_grad():
-        return model(attack.perturb(model, x, y, start=start)).argmax(-1) == y
+        logits = model(attack.perturb(model, x, y, start=start))
+    if odd := int((~logits.isfinite()).sum()):
+        raise FloatingPointError(f"logits must be finite, got {odd} of {logits.numel()} that are not")
+    return logits.argmax(-1) == y

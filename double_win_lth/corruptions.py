@@ -1,7 +1,8 @@
 """Common corruptions that no training saw, in five severities (optional measure; spec C8).
 
-The formulas are those of Hendrycks & Dietterich (2019) for noise, contrast and brightness; blur is Gaussian. The
-published CIFAR-10-C files can be measured too, as a data set of their own (--target.name npz).
+The formulas are those of Hendrycks & Dietterich (2019) for noise and contrast. Brightness shifts pixel values, theirs
+the value of HSV, by the same amounts, which is not the same in colour; blur is Gaussian. The published CIFAR-10-C files
+can be measured too, as a data set of their own (--target.name npz).
 """
 
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def contrast(x: Tensor, severity: int) -> Tensor:
 
 
 def brightness(x: Tensor, severity: int) -> Tensor:
-    """All pixels brighter."""
+    """All pixels of all channels brighter by one amount."""
     return (x + SHIFTS[severity - 1]).clamp(0, 1)
 
 

@@ -13,19 +13,24 @@ from torch import Tensor, nn
 
 from common.masks import Masks
 from double_win_lth.models import Normalize, head_name
+from double_win_lth.tickets import Prunable, conv_weights, require_all_masked
 
 
 class TicketBatch(nn.Module):
-    """Networks of one architecture, side by side. Raises TypeError on a layer that cannot be grouped.
+    """Networks of one architecture, side by side.
 
     Args:
         tickets: at least one; copied.
+
+    Raises:
+        ValueError: none, or tensors of other names or shapes. TypeError: a layer that cannot be grouped.
     """
 
     def __init__(self, tickets: Sequence[nn.Module]) -> None:
         super().__init__()
         if not tickets:
             raise ValueError("tickets must be at least one network, got none")
+        _require_one_architecture(tickets)
         self.tickets = len(tickets)
         self.net = copy.deepcopy(tickets[0])
         for name, module in list(self.net.named_modules()):
@@ -40,8 +45,25 @@ class TicketBatch(nn.Module):
         return self.net(x.flatten(1, 2))
 
     def masks(self, masks: Sequence[Mapping[str, Tensor]]) -> Masks:
-        """One ticket's masks each -> masks over the parameters of this network."""
-        return Masks({f"net.{name}": torch.cat([mask[name] for mask in masks]) for name in masks[0]})
+        """One ticket's masks each -> masks over the parameters of this network.
+
+        Raises:
+            ValueError: another number of masks, unequal names, or a name or shape that no parameter of a ticket has.
+        """
+        if len(masks) != self.tickets:
+            raise ValueError(f"masks must be {self.tickets} as the tickets, got {len(masks)}")
+        own, parameters, found = self.ticket_state(0), dict(self.net.named_parameters()), Masks()
+        for name in dict.fromkeys(name for mask in masks for name in mask):
+            if name not in parameters:
+                raise ValueError(f"mask {name} must name a parameter of the tickets, got none of that name")
+            for index, mask in enumerate(masks):
+                shape = tuple(mask[name].shape) if name in mask else None
+                if shape != tuple(own[name].shape):
+                    got = shape or "none"
+                    raise ValueError(f"mask {name} of ticket {index} must be {tuple(own[name].shape)}, got {got}")
+            each = [mask[name] for mask in masks]
+            found[f"net.{name}"] = torch.stack(each) if _is_head(self.net, name) else torch.cat(each)
+        return found
 
     def ticket_state(self, index: int) -> dict[str, Tensor]:
         """The state dict of ticket `index`, as a network of its own has it."""
@@ -53,42 +75,67 @@ class TicketBatch(nn.Module):
 
 
 def stack_tickets(
-    model: nn.Module, masks: Sequence[Mapping[str, Tensor]], heads: Sequence[nn.Linear] | None = None
+    model: nn.Module,
+    masks: Sequence[Mapping[str, Tensor]],
+    heads: Sequence[nn.Linear] | None = None,
+    prunable: Prunable = conv_weights,
 ) -> TicketBatch:
     """Tickets of `model` under T masks as one `TicketBatch`.
 
     Args:
         model: the pre-trained network; not changed.
-        masks: one a ticket.
-        heads: a Linear for each ticket in place of the model's; None keeps that.
+        masks: one a ticket, over exactly the prunable weights.
+        heads: a Linear for each ticket in place of the model's, with as many inputs, all of one shape; None keeps that.
+        prunable: the weights that tickets mask, by name.
 
     Raises:
-        ValueError: another number of heads, masks that do not fit. TypeError: a layer that cannot be grouped.
+        ValueError: another number of heads, heads or masks that do not fit. TypeError: a layer that cannot be grouped.
     """
     if heads is not None and len(heads) != len(masks):
         raise ValueError(f"heads must be {len(masks)} as the masks, got {len(heads)}")
     tickets = []
     for index, mask in enumerate(masks):
         ticket = copy.deepcopy(model)
+        require_all_masked(mask, prunable(ticket))
         Masks(mask).apply_(ticket)
         if heads is not None:
+            inputs = ticket.get_submodule(head_name(ticket)).in_features
+            if heads[index].in_features != inputs:
+                raise ValueError(f"heads must have {inputs} inputs as the model's, got {heads[index].in_features}")
             ticket.set_submodule(head_name(ticket), heads[index])
         tickets.append(ticket)
     return TicketBatch(tickets)
 
 
 class GroupedLinear(nn.Module):
-    """The heads of T tickets: (N, T * features) -> (T, N, classes); weight (T, classes, features)."""
+    """The heads of T tickets: (N, T * features) -> (T, N, classes); weight (T, classes, features), bias or none."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, heads: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.stack([head.weight.detach() for head in heads]))
-        self.bias = nn.Parameter(torch.stack([head.bias.detach() for head in heads]))
+        biases = [head.bias.detach() for head in heads if head.bias is not None]
+        self.register_parameter("bias", nn.Parameter(torch.stack(biases)) if biases else None)
 
     def forward(self, x: Tensor) -> Tensor:
         tickets = len(self.weight)
         per_ticket = x.view(len(x), tickets, -1).transpose(0, 1)
+        if self.bias is None:
+            return torch.bmm(per_ticket, self.weight.transpose(1, 2))
         return torch.baddbmm(self.bias.unsqueeze(1), per_ticket, self.weight.transpose(1, 2))
+
+
+def _require_one_architecture(tickets: Sequence[nn.Module]) -> None:
+    shapes = [{name: tuple(value.shape) for name, value in ticket.state_dict().items()} for ticket in tickets]
+    for index, own in enumerate(shapes):
+        for name in (*shapes[0], *own):
+            first, other = (each.get(name, "none") for each in (shapes[0], own))
+            if first != other:
+                raise ValueError(f"tickets must be of one architecture, got {name} {first} in 0, {other} in {index}")
+    heads = sum(isinstance(module, nn.Linear) for module in tickets[0].modules())
+    if heads > 1:
+        raise TypeError(f"tickets can be grouped with one Linear layer, the head, got {heads}")
 
 
 def _is_head(net: nn.Module, name: str) -> bool:

@@ -50,7 +50,7 @@ def pgd_linf(
     Raises:
         ValueError: on any argument that is not as above. FloatingPointError: the loss is NaN or infinite.
     """
-    delta = _first(x, y, eps, step_size, steps, random_start, start, bounds, generator)
+    x, delta = _first(x, y, eps, step_size, steps, random_start, start, bounds, generator)
     loss = x.new_zeros(())
     with _frozen(model):
         for _ in range(steps):
@@ -58,8 +58,7 @@ def pgd_linf(
             loss = loss + now
             delta = (delta + step_size * gradient.sign()).clamp_(-eps, eps)
             delta = (x + delta).clamp_(*bounds) - x
-        if not loss.isfinite():
-            raise FloatingPointError(f"loss of the attack must be finite, got {loss.item()} over {steps} steps")
+        _require_finite(loss, steps)
     return (x + delta).clamp_(*bounds)
 
 
@@ -83,21 +82,25 @@ def pgd_survivors(
 
     Raises:
         ValueError: as there, or if the model is in train mode, where the images of a batch depend on one another.
+        FloatingPointError: the loss of the images that are left is NaN or infinite.
     """
     if isinstance(model, nn.Module) and model.training:
         raise ValueError("model must be in eval mode, got train mode")
-    delta = _first(x, y, eps, step_size, steps, random_start, start, bounds, generator)
+    x, delta = _first(x, y, eps, step_size, steps, random_start, start, bounds, generator)
+    loss = x.new_zeros(())
     alive = torch.arange(len(x), device=x.device)
     with _frozen(model):
         for step in range(steps + 1):
             if not len(alive):
                 break
-            logits, _, gradient = look(model, x[alive] + delta, y[alive])
+            logits, now, gradient = look(model, x[alive] + delta, y[alive])
+            loss = loss + now
             right = logits.argmax(1) == y[alive]
             alive, delta, gradient = alive[right], delta[right], gradient[right]
             if step < steps:
                 delta = (delta + step_size * gradient.sign()).clamp_(-eps, eps)
                 delta = (x[alive] + delta).clamp_(*bounds) - x[alive]
+        _require_finite(loss, steps)
     survived = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     survived[alive] = True
     return survived
@@ -148,8 +151,8 @@ def _first(
     start: Tensor | None,
     bounds: tuple[float, float],
     generator: torch.Generator | None,
-) -> Tensor:
-    """The first perturbation, clipped so that x + delta stays in the box, after all checks."""
+) -> tuple[Tensor, Tensor]:
+    """x and the first perturbation, clipped so that x + delta stays in the box, both detached, after all checks."""
     check_attack(eps, step_size, steps)
     low, high = bounds
     if not low < high:
@@ -167,10 +170,16 @@ def _first(
         start = uniform_start(tuple(x.shape), eps, generator) if random_start else torch.zeros_like(x)
     if start.shape != x.shape:
         raise ValueError(f"start must have x's shape {tuple(x.shape)}, got {tuple(start.shape)}")
-    start = start.to(x)
+    x = x.detach()
+    start = start.detach().to(x)
     if not start.abs().max() <= eps * (1 + 1e-6):
         raise ValueError(f"start must be within eps={eps}, got |start| up to {start.abs().max():g}")
-    return (x + start).clamp_(low, high) - x
+    return x, (x + start).clamp_(low, high) - x
+
+
+def _require_finite(loss: Tensor, steps: int) -> None:
+    if not loss.isfinite():
+        raise FloatingPointError(f"loss of the attack must be finite, got {loss.item()} over {steps} steps")
 
 
 @contextmanager

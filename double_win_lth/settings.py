@@ -1,5 +1,6 @@
 """The configuration of one run, finding tickets or transferring them, and of the study; every YAML fills this."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -249,15 +250,26 @@ class Config:
         require(total > 0, f"{name}.steps", total, f"above 0, or {name}.epochs")
         return total
 
-    def require_apart(self) -> None:
-        """Raise `ConfigError` where source and target share classes of one data set without allow_overlap."""
-        one_set = (self.source.name, self.source.path) == (self.target.name, self.target.path)
-        shared = set(self.source.classes) & set(self.target.classes)
-        apart = bool(self.source.classes and self.target.classes and not shared)
-        allowed = f"disjoint from source.classes {self.source.classes} (or set allow_overlap)"
+    def require_apart(self, source: DataConfig | None = None, run: str = "") -> None:
+        """Raise `ConfigError` where source and target share classes of one data set without allow_overlap.
+
+        Args:
+            source: that of the run whose tickets or weights are taken; None: this one's.
+            run: its folder, for the message.
+        """
+        source = source or self.source
+        shared = set(source.classes) & set(self.target.classes)
+        apart = bool(source.classes and self.target.classes and not shared)
+        allowed = f"disjoint from source.classes {source.classes}{run and f' of {run}'} (or set allow_overlap)"
+        one_set = _data_set(source) == _data_set(self.target)
         require(apart or self.allow_overlap or not one_set, "target.classes", self.target.classes, allowed)
 
     @property
     def perturbation(self) -> Regime:
         """What pre-training and pruning rounds do to a batch."""
         return {"std": AttackConfig(), "fast": self.fast, "adv": self.adv}[self.regime].regime(self.regime)
+
+
+def _data_set(data: DataConfig) -> tuple[str, str]:
+    """What two configurations of one data set have in common; mnist5k is a part of mnist."""
+    return {"mnist5k": "mnist"}.get(data.name, data.name), os.path.abspath(data.path)

@@ -87,13 +87,13 @@ class TicketBook:
     def apply_to(self, model: nn.Module, level: int, prunable: Prunable = conv_weights) -> None:
         """Set the weights of `model` that ticket `level` lacks to zero, in place.
 
+        Weights that are zero stay zero: to go from a ticket to one of a lower level load the pre-trained weights first.
+
         Raises:
             ValueError: where names or shapes are not exactly those of the model's prunable weights.
         """
-        mask, weights = self.mask(level), prunable(model)
-        if odd := sorted(mask.keys() ^ weights.keys()):
-            there = "the ticket" if odd[0] in mask else "the model"
-            raise ValueError(f"ticket must mask exactly the {len(weights)} prunable weights, only {there} has {odd[0]}")
+        mask = self.mask(level)
+        require_all_masked(mask, prunable(model))
         mask.apply_(model)
 
     def iou(self, other: "TicketBook", level: int) -> float:
@@ -117,6 +117,13 @@ class TicketBook:
                 return cls({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (safetensors.SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path}: damaged, or not a file of tickets ({error})") from error
+
+
+def require_all_masked(mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless `mask` has exactly the names of the prunable `weights`."""
+    if odd := sorted(mask.keys() ^ weights.keys()):
+        there = "the ticket" if odd[0] in mask else "the model"
+        raise ValueError(f"ticket must mask exactly the {len(weights)} prunable weights, only {there} has {odd[0]}")
 
 
 def survivors(total: int, rate: float, rounds: int) -> list[int]:
@@ -152,24 +159,26 @@ def find_tickets(
     Round k removes round(rate * survivors) of the smallest surviving magnitudes over all prunable weights together.
 
     Args:
-        model: pre-trained; afterwards it is the last ticket: pre-trained state under the last mask.
+        model: pre-trained, and again so afterwards: `TicketBook.apply_to` makes a ticket of it.
         train_round: (model, masks, level) trains ticket `level` in place on the pre-training task and keeps masked
             weights at zero; called for levels 1 .. rounds - 1, since round 1 needs no training.
         rate: share of the survivors that a round removes, in (0, 1).
         rounds: tickets to find.
         prunable: the weights to prune, by name.
         on_ticket: called after each round, the model being the new ticket.
-        found: the book of an interrupted chain, to go on from; none of its rounds is trained again.
+        found: the book of an interrupted chain of at most `rounds` tickets, to go on from; none is trained again.
 
     Raises:
-        ValueError: rate or rounds out of range, nothing to prune, a round that would leave nothing, or a ranked weight
-            that is NaN or infinite.
+        ValueError: rate or rounds out of range, more tickets found than asked for, nothing to prune, a round that would
+            leave nothing, or a ranked weight that is NaN or infinite.
     """
     weights = prunable(model)
     if not weights:
         raise ValueError("model must have a weight to prune, got none")
     book = found or TicketBook.dense(weights)
     counts = survivors(sum(weight.numel() for weight in weights.values()), rate, rounds)
+    if book.levels > rounds:
+        raise ValueError(f"found must hold at most rounds={rounds} tickets, got {book.levels}")
     pretrained = copy.deepcopy(model.state_dict())
     book.apply_to(model, book.levels, prunable)
     for level in range(book.levels, rounds):
@@ -181,6 +190,7 @@ def find_tickets(
         book.apply_to(model, book.levels, prunable)
         if on_ticket is not None:
             on_ticket(book)
+    model.load_state_dict(pretrained)
     return book
 
 

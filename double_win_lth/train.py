@@ -24,7 +24,7 @@ from double_win_lth.convert import load_pretrained, read_weights
 from double_win_lth.recipes import SgdConfig
 from double_win_lth.settings import Config
 from double_win_lth.tickets import TicketBook, conv_weights, find_tickets, survivors
-from double_win_lth.training import adversarial_batches, checked_step, network
+from double_win_lth.training import adversarial_batches, checked_step, finite, network, require_finite_weights
 from double_win_lth.transfer import transfer
 
 
@@ -36,9 +36,9 @@ def train(config: Config, folder: Path, progress: Progress | None = None) -> dic
         folder: the run's.
         progress: called with the finished fraction instead of drawing a progress bar.
     """
-    config.require_apart()
     if config.task == "transfer":
         return transfer(config, folder, progress)
+    config.require_apart()
     with distributed.process_group() as device:
         splits = load(config.source)
         seed_everything(config.seed)
@@ -108,7 +108,6 @@ class Chain:
 
         rate, rounds = config.prune.rate, config.prune.rounds
         book = find_tickets(model, train_round, rate=rate, rounds=rounds, on_ticket=on_ticket, found=self.book)
-        model.load_state_dict(self.pretrained)
         if run.writes:
             save_checkpoint(run.folder / "pretrained.pt", {"model": self.pretrained})
             book.save(run.folder / "tickets.safetensors")
@@ -148,9 +147,12 @@ class Chain:
                 run.log(self.position, "train", **values)
         detach()
         self.position = first + steps
+        require_finite_weights(run, self.position, model)
         if len(self.splits.val):
             options = {"size": config.model.size, "batch_size": config.eval.batch_size}
-            run.log(self.position, "val", accuracy=accuracies(model, self.splits.val, **options)[0])  # type: ignore[arg-type]
+            with finite(run, self.position):
+                accuracy = accuracies(model, self.splits.val, **options)[0]  # type: ignore[arg-type]
+            run.log(self.position, "val", accuracy=accuracy)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -105,12 +106,24 @@ def checked_step(
     **options: bool | str,
 ) -> tuple[float, float]:
     """`sgd_step`, which ends the run with `NonFiniteError` where the loss, or that of the attack, is not finite."""
-    try:
+    with finite(run, step):
         loss, accuracy = sgd_step(model, optimizer, batch, regime, lr, **options)  # type: ignore[arg-type]
-    except FloatingPointError:
-        loss, accuracy = math.nan, 0.0
     run.require_finite(step, loss=loss)
     return loss, accuracy
+
+
+def require_finite_weights(run: Run, step: int, model: nn.Module) -> None:
+    """End the run with `NonFiniteError`, naming the first tensor, where the last step left NaN or Inf in `model`."""
+    run.require_finite(step, **{name: value.abs().max().item() for name, value in model.state_dict().items()})
+
+
+@contextmanager
+def finite(run: Run, step: int) -> Iterator[None]:
+    """End the run with `NonFiniteError` at `step` where an attack or accuracy inside meets NaN or Inf."""
+    try:
+        yield
+    except FloatingPointError:
+        run.require_finite(step, loss=math.nan)
 
 
 def each_ticket(model: nn.Module, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from common import distributed
 from common.config import ConfigError, require
 from common.data import ImageSet, load, steps_per_epoch
+from common.experiment import finished_run
 from common.masks import Masks
 from common.runs import CheckpointError, Run, generator, load_checkpoint, read_json, save_checkpoint, seed_everything
 from common.study import Progress
@@ -27,7 +28,7 @@ from double_win_lth.regimes import Regime
 from double_win_lth.schemes import take
 from double_win_lth.settings import Config, ticket_kind
 from double_win_lth.tickets import TicketBook, one_shot_tickets, shuffled
-from double_win_lth.training import adversarial_batches, checked_step, network
+from double_win_lth.training import adversarial_batches, checked_step, finite, network, require_finite_weights
 
 REINIT, RANDOM, SHUFFLE, EVALUATION = 3, 4, 5, 6  # what a generator is for
 
@@ -39,8 +40,10 @@ def transfer(config: Config, folder: Path, progress: Progress | None = None) -> 
     as `last`.
 
     Raises:
-        ConfigError: if the run that found the tickets is not there, not finished or of another network.
+        ConfigError: if the run that found the tickets is not there, not finished, of another network or of the target's
+            classes, or if no epoch can be selected.
         CheckpointError: if its files are damaged.
+        NonFiniteError: if the training diverges, its last step included.
     """
     with distributed.process_group() as device:
         train_set, val, test = target_images(config)
@@ -49,6 +52,10 @@ def transfer(config: Config, folder: Path, progress: Progress | None = None) -> 
         model, masks = together(tickets)
         per_epoch = steps_per_epoch(train_set, config.finetune.batch_size)
         total, every = config.steps("finetune", per_epoch), config.run.checkpoint_every
+        chosen, epochs = config.transfer, total // per_epoch
+        allowed = f"below the {epochs} whole epochs of finetune with transfer.select {chosen.select}"
+        can_select = chosen.select == "last" or chosen.select_from < epochs
+        require(can_select, "transfer.select_from", chosen.select_from, allowed)
         run = Run(folder, config, total_steps=total, checkpoint_every=every, progress=progress)
         if run.finished:
             return read_json(folder / "done.json")
@@ -58,14 +65,19 @@ def transfer(config: Config, folder: Path, progress: Progress | None = None) -> 
                 "sparsity": {t: m.sparsity for t, (_, m) in zip(config.transfer.tickets, tickets, strict=True)}
             }
             judged = val if config.eval.split == "val" else test
-            metrics["tickets"] = last = measured(config, model, judged)
-            if best:  # SA of the weights of the best SA in validation, RA of those of the best RA where it counts
-                ticket, selected = config.transfer.tickets[0], {}
-                for name, (_, state) in best.items():
-                    model.load_state_dict(state)
-                    selected[name] = measured(config, model, judged)[ticket]
-                chosen = {"sa": selected["sa"]["sa"], "ra": selected.get("ra", selected["sa"])["ra"]}
-                metrics |= {"last": last, "selected": selected, "tickets": {ticket: chosen}}
+            weights = copy.deepcopy(model.state_dict())
+            with finite(run, total):
+                metrics["tickets"] = last = measured(config, model, judged)
+                if best:  # SA of the weights of the best SA in validation, RA of those of the best RA where it counts
+                    ticket, selected = chosen.tickets[0], {}
+                    for name, (_, state) in best.items():
+                        model.load_state_dict(state)
+                        selected[name] = measured(config, model, judged)[ticket]
+                    both = {"sa": selected["sa"]["sa"], "ra": selected.get("ra", selected["sa"])["ra"]}
+                    metrics |= {"last": last, "selected": selected, "tickets": {ticket: both}}
+            if run.writes:  # only now: what cannot be measured is not left behind
+                states = {name: state for name, (_, state) in best.items()}
+                save_checkpoint(folder / "model.pt", {"model": weights, **states})
             run.finish(metrics)
             return metrics
 
@@ -90,7 +102,12 @@ class Source:
 
     @classmethod
     def of(cls, config: Config) -> "Source":
-        """As configured. Raises `ConfigError` (no such run, unfinished) or `CheckpointError` (damaged)."""
+        """As configured.
+
+        Raises:
+            ConfigError: no such run, an unfinished one, or one whose source shares classes with the target.
+            CheckpointError: damaged.
+        """
         place = config.transfer.run
         require(bool(place), "transfer.run", place, "the folder of a run that found tickets")
         folder, donor = Path(place), Path(config.transfer.weights or place)
@@ -98,6 +115,7 @@ class Source:
             finished = read_json(each / "done.json") if (each / "done.json").exists() else {}
             if "remaining" not in finished:
                 raise ConfigError(f"{each}: must be the folder of a finished run of task tickets")
+            config.require_apart(finished_run(each, Config).source, str(each))
         path = donor / "pretrained.pt"
         content = load_checkpoint(path)
         if not isinstance(content.get("model"), Mapping):
@@ -166,7 +184,7 @@ Best = dict[str, tuple[float, dict[str, Tensor]]]
 def _fit(
     config: Config, run: Run, model: nn.Module, masks: Masks, data: ImageSet, val: ImageSet, per_epoch: int
 ) -> Best:
-    """Train to the end and save the weights; returns the best ones by validation, empty with select last."""
+    """Train to the end; returns the best weights by validation, empty with select last."""
     sgd, chosen = config.finetune, config.transfer
     regime = Regime.std() if chosen.kind == "std" else config.attack.regime("adv")
     optimizer, position = sgd.optimizer(model), 0
@@ -193,13 +211,12 @@ def _fit(
         if position % per_epoch == 0 and (per_epoch > 1 or position == total):
             run.log(position, "train", loss=distributed.mean(loss), accuracy=distributed.mean(accuracy))
         if position % per_epoch == 0 and chosen.select != "last" and step // per_epoch >= chosen.select_from:
-            scores = measured(config, model, val)[chosen.tickets[0]]
+            with finite(run, position):
+                scores = measured(config, model, val)[chosen.tickets[0]]
             run.log(position, "val", **scores)
             names = ("sa",) if chosen.kind == "std" else ("sa", "ra")
             better = [name for name in names if name not in best or scores[name] > best[name][0]]
             state = copy.deepcopy(model.state_dict()) if better else {}
             best.update({name: (scores[name], state) for name in better})
-    if run.writes:
-        states = {name: state for name, (_, state) in best.items()}
-        save_checkpoint(run.folder / "model.pt", {"model": model.state_dict(), **states})
+    require_finite_weights(run, position, model)
     return best

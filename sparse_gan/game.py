@@ -3,6 +3,7 @@
 Most methods train in one phase. One-shot pruning adds a phase of fine-tuning, iterative pruning one a round.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from common import distributed
 from common.data import ImageSet, in_order
-from common.masks import Masks, prunable_weights
+from common.masks import Masks
 from common.runs import generator, seed_everything
 from sparse_gan.balance import EVERY, balance_ratio, changed_masks, density_change
 from sparse_gan.dynamic_sparsity import DynamicSparsity
@@ -20,7 +21,7 @@ from sparse_gan.hinge import discriminator_loss, generator_loss
 from sparse_gan.images import channels_of, prepare
 from sparse_gan.models import Discriminator, Generator, build_discriminator, build_generator
 from sparse_gan.players import Player
-from sparse_gan.pruning import gradual_density, magnitude_masks, snip_masks, sparse_masks
+from sparse_gan.pruning import convolution_weights, gradual_density, magnitude_masks, snip_masks, sparse_masks
 from sparse_gan.settings import Config
 from sparse_gan.sparse_ema import SparseEMA
 
@@ -33,6 +34,11 @@ def phase_lengths(config: Config) -> list[int]:
     if sparsity.method == "oneshot":
         return [steps, sparsity.tune_steps]
     return [steps] * (sparsity.rounds + 1 if sparsity.method == "imp" else 1)
+
+
+def rounds_to(density: float) -> int:
+    """Rounds of iterative pruning, at least one, that end at `density`; the last may prune less than the others."""
+    return max(math.ceil(math.log(density) / math.log(KEPT_A_ROUND) - 1e-9), 1)
 
 
 def build_networks(config: Config, channels: int, classes: int) -> tuple[Generator, Discriminator]:
@@ -104,11 +110,18 @@ class Game:
 
     @torch.no_grad()
     def _balance(self, z: Tensor, labels: Tensor, before: float) -> None:
-        """Measure the balance ratio every few steps; change the discriminator's density where it is due."""
+        """Measure the balance ratio every few steps; change the discriminator's density where it is due.
+
+        Measuring leaves no trace: running statistics and singular vectors are put back.
+        """
         sparsity, d = self.config.sparsity, self.d.module
         self._turns += 1
         if self._turns % EVERY == 0:
+            buffers = [buffer for network in self._networks for buffer in network.buffers()]
+            kept = [buffer.clone() for buffer in buffers]
             after, real = d(self.g.module(z, labels), labels).mean(), d(*self._real).mean()
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)
             means = (distributed.mean(score) for score in (real.item(), before, after.item()))
             self._ratios.append(balance_ratio(*means))
         if self._turns % sparsity.balance_every == 0:
@@ -140,9 +153,9 @@ class Game:
             masks_g = magnitude_masks(g, sparsity.density_g, sparsity.scope)
             masks_d = magnitude_masks(d, sparsity.density_d, sparsity.scope) if both else Masks()
         else:
-            density = KEPT_A_ROUND**phase
-            masks_g = magnitude_masks(g, density, "global", self.g.masks or None)
-            masks_d = magnitude_masks(d, density, "global", self.d.masks or None) if both else Masks()
+            density_g, density_d = (max(KEPT_A_ROUND**phase, end) for end in (sparsity.density_g, sparsity.density_d))
+            masks_g = magnitude_masks(g, density_g, "global", self.g.masks or None)
+            masks_d = magnitude_masks(d, density_d, "global", self.d.masks or None) if both else Masks()
             assert self._rewind is not None
             g.load_state_dict(self._rewind["g"])
             d.load_state_dict(self._rewind["d"])
@@ -214,7 +227,7 @@ class Game:
         if sparsity.method == "snip":
             return self._snip(data)
         if sparsity.method == "gmp":
-            return Masks.ones_like(prunable_weights(g)), Masks()
+            return Masks.ones_like(convolution_weights(g)), Masks()
         return Masks(), Masks()
 
     def _snip(self, data: ImageSet) -> tuple[Masks, Masks]:

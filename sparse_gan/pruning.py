@@ -23,6 +23,11 @@ from common.masks import (
 Distribution = Literal["erk", "uniform"]
 
 
+def convolution_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that masks cover, by name: those of 2-D convolutions, transposed ones included."""
+    return prunable_weights(module, (nn.Conv2d, nn.ConvTranspose2d))
+
+
 def sparse_masks(module: nn.Module, density: float, distribution: Distribution, generator: torch.Generator) -> Masks:
     """Random masks over the convolutions of `module`, exactly round(density_l * N_l) entries in layer l, at least one.
 
@@ -31,7 +36,7 @@ def sparse_masks(module: nn.Module, density: float, distribution: Distribution, 
         distribution: "erk", or "uniform" with the same density in every layer.
         generator: CPU generator of the draws.
     """
-    weights = prunable_weights(module)
+    weights = convolution_weights(module)
     if distribution == "erk":
         densities = erk_densities({name: tuple(weight.shape) for name, weight in weights.items()}, density)
     elif distribution == "uniform":
@@ -47,7 +52,7 @@ def snip_masks(module: nn.Module, density: float, loss: Callable[[], Tensor]) ->
 
     Weights stay; whatever else the forward of `loss` moves (running statistics, singular vectors) has moved.
     """
-    weights = prunable_weights(module)
+    weights = convolution_weights(module)
     gradients = list(torch.autograd.grad(loss(), list(weights.values())))
     distributed.average_(gradients)
     return keep_top(saliency_scores(weights, gradients), _count(weights, density))
@@ -57,7 +62,7 @@ def magnitude_masks(
     module: nn.Module, density: float, scope: Literal["global", "uniform"], within: Masks | None = None
 ) -> Masks:
     """The largest |w| over all convolutions together, or in each layer by the same density; among `within` only."""
-    weights = prunable_weights(module)
+    weights = convolution_weights(module)
     scores = {name: weight.detach().abs() for name, weight in weights.items()}
     if scope == "global":
         return keep_top(scores, _count(weights, density), within)

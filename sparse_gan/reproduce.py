@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from common.claims import report
-from common.config import command, dump
+from common.config import command, dump, require
 from common.data import load
 from common.study import Cell, run_study, study_config
 from sparse_gan.claims import CLAIMS
 from sparse_gan.eval import evaluate
 from sparse_gan.figures import draw
+from sparse_gan.game import rounds_to
 from sparse_gan.settings import Config, GanStudy
 from sparse_gan.train import train
 
@@ -42,9 +43,15 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def arm_config(config: Config, settings: dict[str, Any], seed: int) -> Config:
-    """The configuration of one cell."""
+    """The configuration of one cell. Raises `ConfigError` where it cannot be, or would end at other densities."""
     densities = {name: settings[name] for name in ("density_g", "density_d")}
-    return replace(config, seed=seed, sparsity=replace(config.sparsity, **METHODS[settings["arm"]], **densities))
+    sparsity = replace(config.sparsity, **METHODS[settings["arm"]], **densities)
+    if sparsity.method == "imp":
+        pruned = [sparsity.density_g, *([sparsity.density_d] if sparsity.prune == "both" else [])]
+        rounds = max(map(rounds_to, pruned))
+        allowed = f"{rounds} for the arm imp {sparsity.density_g} {sparsity.density_d}"
+        require(sparsity.rounds == rounds, "sparsity.rounds", sparsity.rounds, allowed)
+    return replace(config, seed=seed, sparsity=sparsity)
 
 
 def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float], None]) -> list[dict[str, Any]]:
@@ -56,12 +63,14 @@ def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
     config = study_config(Config, HERE / "configs", arguments)
-    load(config.data)  # once, before any cell: a download happens here, a data set that is not there ends here
     cells = [
         Cell({"arm": arm.name, "density_g": arm.density_g, "density_d": arm.density_d}, seed)
         for seed in config.study.seeds
         for arm in config.study.parsed()
     ]
+    for cell in cells:  # one that cannot be ends here, not after hours
+        arm_config(config, cell.settings, cell.seed)
+    load(config.data)  # once, before any cell: a download happens here, a data set that is not there ends here
     one = replace(config, study=GanStudy())  # with more arms, seeds or workers finished cells are found again
     folder = Path(config.study.runs) / "sparse_gan" / config.study.scale
     study = run_study(cells, partial(run_cell, one), folder, dump(one), config.study)

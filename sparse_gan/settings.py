@@ -86,7 +86,7 @@ class SparsityConfig:
     tune_steps: int = 0
     """oneshot: generator steps of fine-tuning"""
     rounds: int = 1
-    """imp: rounds of pruning, 20 % of the remaining weights each; densities follow from it"""
+    """imp: rounds of pruning, 20 % of the remaining weights each, but never below density_g and density_d"""
     rewind_step: int = 0
     """imp: to whose weights each round goes back"""
     balance: float = 0.0
@@ -205,8 +205,7 @@ class GanStudy(StudyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(set(self.arms)) == len(self.arms) > 0, "study.arms", self.arms, "at least one, none twice")
-        self.parsed()
+        require(len(set(self.parsed())) == len(self.arms) > 0, "study.arms", self.arms, "at least one, none twice")
 
     def parsed(self) -> list[Arm]:
         """The arms. Raises `ConfigError` on one that cannot be."""
@@ -219,6 +218,8 @@ class GanStudy(StudyConfig):
             except ValueError:
                 raise ConfigError(f"study.arms must be name density_g density_d, got {text!r}") from None
             require(0 < density_g <= 1 and 0 < density_d <= 1, "study.arms", text, "with densities in (0, 1]")
+            whole = name != "dense" or density_g == density_d == 1
+            require(whole, "study.arms", text, "dense without densities below 1")
             found.append(Arm(name, density_g, density_d))
         return found
 
@@ -241,6 +242,9 @@ class Config:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         there = self.eval.split == "test" or self.data.val > 0
         require(there, "eval.split", self.eval.split, "test unless data.val is above 0")
+        stages = self.model.size.bit_length() - 1
+        allowed = f"at most {stages} stages for images of side {self.model.size}"
+        require(len(self.eval.widths) <= stages, "eval.widths", self.eval.widths, allowed)
         ends = self.train.steps % self.sparsity.update_every <= self.train.steps / 5
         allowed = "with gmp such that one of its multiples is in the last fifth of train.steps"
         require(self.sparsity.method != "gmp" or ends, "sparsity.update_every", self.sparsity.update_every, allowed)

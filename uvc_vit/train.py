@@ -153,7 +153,7 @@ def _search(
         try:
             info = method.step(advanced, generator(config.seed, 4, step))
         except FloatingPointError as error:
-            raise NonFiniteError(f"{error}; the last good checkpoint is in {run.folder}") from error
+            raise NonFiniteError(f"{error}; {run.kept}") from error
         position = step + 1
         run.log(position, "search", R=info.R, z=info.z, target=info.target)
         if position % per_epoch == 0:

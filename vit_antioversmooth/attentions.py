@@ -5,6 +5,7 @@ anything else (a difference of maps, channel attention, pooling by a query) are 
 """
 
 import inspect
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +44,8 @@ def find_attentions(model: nn.Module, layers: Sequence[int] | None = None) -> di
 
     Raises:
         RuntimeError: if the model is compiled or wrapped for DDP: hooks added now would be ignored, parameters missed.
-        TypeError: if it holds an attention, or a block with attention inside, that the scales do not fit.
+        TypeError: if it holds an attention, or a block with attention inside, that the scales do not fit, or if
+            `layers` is no sequence of integers.
         ValueError: if it holds no attention at all.
         IndexError: if `layers` is out of range.
     """
@@ -65,9 +67,13 @@ def find_attentions(model: nn.Module, layers: Sequence[int] | None = None) -> di
     if layers is None:
         return found
     names = list(found)
-    if outside := [layer for layer in layers if not 0 <= layer < len(names)]:
+    try:
+        positions = [operator.index(layer) for layer in layers]
+    except TypeError:
+        raise TypeError(f"layers must be a sequence of integers or None, got {layers!r}") from None
+    if outside := [layer for layer in positions if not 0 <= layer < len(names)]:
         raise IndexError(f"layers must be in [0, {len(names)}), got {outside[0]}")
-    return {names[layer]: found[names[layer]] for layer in layers}
+    return {names[layer]: found[names[layer]] for layer in positions}
 
 
 def block_of(model: nn.Module, name: str) -> nn.Module:

@@ -20,11 +20,17 @@ def rho(attention: Tensor, steps: int = 100) -> Tensor:
 
     Args:
         attention: (..., n, n), float32 or float64.
-        steps: power iterations; the error is at most of the order log(n) / steps, much less with a spectral gap.
+        steps: power iterations, at least 1; the error is at most of the order log(n) / steps, much less with a
+            spectral gap.
 
     Returns:
         (...,), from below.
+
+    Raises:
+        ValueError: for fewer than one step.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     n = attention.shape[-1]
     start = torch.randn(n, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(attention)
     vector = (start - start.mean()).expand(*attention.shape[:-2], n, 1)  # constants are mapped to 0

@@ -14,6 +14,7 @@ from scipy import stats
 
 from common.claims import Claim, Measure, Metrics, Number, Rows, difference, each
 from vit_antioversmooth.cost import PAPER_COUNTS
+from vit_antioversmooth.settings import ScaleStudy
 
 
 def smaller(*measures: Measure) -> Measure:
@@ -99,6 +100,25 @@ def cosines(arm: str, name: str, letters: Sequence[str], statement: str, paper: 
     ]
 
 
+def dose_response(omegas: Sequence[float]) -> Claim:
+    """C4c, for the omegas of a study."""
+    doses = ", ".join(f"{omega:g}" for omega in omegas)
+    return Claim(
+        id="C4c",
+        statement=f"Causal: last-block HC/DC rises with omega in {{{doses}}} before any training (smallest rise)",
+        source="the method",
+        paper="no such experiment",
+        measure=each("init", smallest_step),
+        interval="worst",
+        unit="HC/DC",
+    )
+
+
+def claims_of(study: ScaleStudy) -> list[Claim]:
+    """`CLAIMS` with the omegas of `study` in their words."""
+    return [dose_response(study.omegas) if claim.id == "C4c" else claim for claim in CLAIMS]
+
+
 CLAIMS = [
     Claim(
         id="C1",
@@ -146,15 +166,7 @@ CLAIMS = [
         "FeatScale keeps features diverse: patch cosine falls",
         "last layer .57 to .34, DeiT-S-24, ImageNet (read from the figure)",
     ),
-    Claim(
-        id="C4c",
-        statement="Causal: last-block HC/DC rises with omega in {0, 1, 4, 20} before any training (smallest rise)",
-        source="the method",
-        paper="no such experiment",
-        measure=each("init", smallest_step),
-        interval="worst",
-        unit="HC/DC",
-    ),
+    dose_response(ScaleStudy().omegas),
     Claim(
         id="C4d",
         statement="Causal: without attention skips AttnScale (omega from 20) keeps tokens apart (last patch cosine)",

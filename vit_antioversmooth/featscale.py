@@ -91,10 +91,14 @@ def apply_featscale(
         Dotted names of the attention modules whose outputs are now scaled.
 
     Raises:
-        RuntimeError, TypeError, ValueError, IndexError: as `apply_attnscale`.
+        RuntimeError, TypeError, ValueError, IndexError: as `apply_attnscale`; TypeError also where `init` is no pair.
     """
-    if len(init) != 2 or not all(map(math.isfinite, init)):
-        raise ValueError(f"init must be two finite numbers, got {init}")
+    try:
+        two_finite = len(init) == 2 and all(map(math.isfinite, init))
+    except TypeError:
+        raise TypeError(f"init must be two finite numbers, (s, t), got {init!r}") from None
+    if not two_finite:
+        raise ValueError(f"init must be two finite numbers, (s, t), got {init}")
     if tied and init[0] != init[1]:
         raise ValueError(f"init must be two equal numbers where s and t are tied, got {init}")
     attentions: dict[str, Any] = dict(find_attentions(model, layers))

@@ -83,9 +83,13 @@ def fold_(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: in train mode, for a model without scales, for the frequency-blind control of AttnScale and where a
-            norm or a gate between heads and projection does not commute with the scales.
+        ValueError: in train mode, for a model folded already or without scales, for the frequency-blind control of
+            AttnScale and where a norm or a gate between heads and projection does not commute with the scales.
     """
+    if there := [
+        name for name, module in model.named_modules() if isinstance(module, FoldedAttention | FoldedFeatScale)
+    ]:
+        raise ValueError(f"model must not be folded already, got {there[0]} folded")
     if model.training:
         raise ValueError("model must be in eval mode to be folded, got train mode")
     attentions: dict[str, Any] = dict(find_attentions(model))

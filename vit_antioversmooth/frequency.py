@@ -66,7 +66,12 @@ def lowpass_curve(attention: Tensor, z: Tensor, steps: int) -> Tensor:
 
     Returns:
         (..., steps); `inf` where the mean is 0 and z is not constant.
+
+    Raises:
+        ValueError: for fewer than one step.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     mean, high = z.mean(-2, keepdim=True), hc(z)
     ratios = []
     for _ in range(steps):

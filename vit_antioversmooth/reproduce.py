@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from common.claims import report
-from common.config import command, dump
+from common.config import ConfigError, command, dump
 from common.data import load
 from common.experiment import device
 from common.runs import seed_everything
 from common.study import Cell, run_study, study_config
-from vit_antioversmooth.claims import CLAIMS
+from vit_antioversmooth.claims import claims_of
 from vit_antioversmooth.cost import PAPER_COUNTS, added_parameters, step_time_ratios
 from vit_antioversmooth.eval import evaluate, first_images, probed
 from vit_antioversmooth.figures import draw
@@ -48,6 +48,38 @@ def arm_config(config: Config, arm: str) -> Config:
     )
 
 
+def tuned_config(config: Config, method: str, weights: Path) -> Config:
+    """The configuration of fine-tuning the plain network saved at `weights` with fresh scales of `method`, or none."""
+    study = config.study
+    brief = replace(
+        config.train,
+        epochs=study.tune_epochs,
+        lr=study.tune_lr,
+        min_lr=0,
+        warmup=min(config.train.warmup, study.tune_epochs / 2),
+        warmup_lr=0,
+        schedule="steps",  # by epochs, lagging one behind, the first of two would train at 0 and the second too
+    )
+    model = replace(config.model, pretrained=False, weights=str(weights))
+    return replace(arm_config(config, method), model=model, train=brief)
+
+
+def require_arms(config: Config) -> None:
+    """Build the configuration of every network of the study. ConfigError, naming the arm, where one cannot be."""
+    arms = dict.fromkeys(config.study.arms)
+    if "init" in arms:
+        arms |= dict.fromkeys(("attnscale", "featscale"))  # beside plain, which every study has, they are timed
+        del arms["init"]
+    for arm in arms:
+        try:
+            arm_config(config, arm)
+            if arm == "plain" and config.study.tune_epochs:
+                for method in TUNED.values():
+                    tuned_config(config, method, Path("model.pt"))
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm}: {error}") from error
+
+
 def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float], None]) -> list[dict[str, Any]]:
     """One arm at one seed: a row for each network."""
     arm = cell.settings["arm"]
@@ -59,27 +91,12 @@ def run_cell(config: Config, cell: Cell, folder: Path, progress: Callable[[float
     share = config.train.epochs / whole
     train(arm_config(config, arm), folder, lambda fraction: progress(share * fraction))
     rows: list[dict[str, Any]] = [{"metrics": evaluate(folder)}]
-    study = config.study
-    brief = replace(
-        config.train,
-        epochs=study.tune_epochs,
-        lr=study.tune_lr,
-        min_lr=0,
-        warmup=min(config.train.warmup, study.tune_epochs / 2),
-        warmup_lr=0,
-        schedule="steps",  # by epochs, lagging one behind, the first of two would train at 0 and the second too
-    )
     for number, (name, method) in enumerate(tuned.items()):
-        tuning = replace(
-            arm_config(config, method),
-            model=replace(config.model, pretrained=False, weights=str(folder / "model.pt")),
-            train=brief,
-        )
 
         def within(fraction: float, before: int = number) -> None:
             progress(share + (1 - share) * (before + fraction) / len(tuned))
 
-        train(tuning, folder / name, within)
+        train(tuned_config(config, method, folder / "model.pt"), folder / name, within)
         rows.append({"cell": {"arm": name}, "metrics": evaluate(folder / name)})
     return rows
 
@@ -123,6 +140,7 @@ def measure_untrained(config: Config) -> dict[str, Any]:
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run the study of a scale and report it; returns the exit status."""
     config = study_config(Config, HERE / "configs", arguments)
+    require_arms(config)
     load(config.data)  # once, before any cell: a download happens here, a data set that is not there ends here
     cells = [Cell({"arm": arm}, seed) for seed in config.study.seeds for arm in config.study.arms]
     # Of the study only what a cell depends on: with more seeds or workers finished cells are found again.
@@ -131,7 +149,7 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
     folder = Path(config.study.runs) / "vit_antioversmooth" / config.study.scale
     study = run_study(cells, partial(run_cell, one), folder, dump(one), config.study)
     results = Path(config.study.results or HERE / "results")
-    return report("vit_antioversmooth", study, CLAIMS, draw, results, judging=judge_together)
+    return report("vit_antioversmooth", study, claims_of(config.study), draw, results, judging=judge_together)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The scale parameters of a model: finding them, grouping them for an optimiser, taking them out again."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,7 +35,12 @@ def param_groups(
         weight_decay: of the first group.
         scale_lr_mult: the scales learn at lr * scale_lr_mult. 1 at the paper's scale; AdamW moves a parameter by at
             most the sum of all learning rates, so short runs need more for the scales to move at all.
+
+    Raises:
+        ValueError: where `scale_lr_mult` is negative or not finite.
     """
+    if not 0 <= scale_lr_mult < math.inf:
+        raise ValueError(f"scale_lr_mult must be finite and at least 0, got {scale_lr_mult}")
     scales = {id(parameter) for parameter in scale_parameters(model)}
     own: Any = getattr(model, "no_weight_decay", set)
     undecayed = {*UNDECAYED, *own()}

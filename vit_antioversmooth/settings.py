@@ -1,6 +1,8 @@
 """The configuration of one training run and of the study; every YAML in configs/ fills this."""
 
+import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from common.config import require
@@ -66,7 +68,7 @@ class ScaleConfig:
 
     def __post_init__(self) -> None:
         require(abs(self.init) < 1e6, "scales.init", self.init, "a finite number below 1e6")
-        require(self.lr_mult > 0, "scales.lr_mult", self.lr_mult, "positive")
+        require(0 < self.lr_mult < math.inf, "scales.lr_mult", self.lr_mult, "positive and finite")
         tied = self.blind and self.method in ("plain", "both")
         require(not tied, "scales.blind", self.blind, "false unless scales.method is attnscale or featscale")
 
@@ -111,9 +113,14 @@ class ScaleStudy(StudyConfig):
             not unknown and "plain" in self.arms, "study.arms", self.arms, f"plain and any of {', '.join(ARMS[1:])}"
         )
         require(len(set(self.arms)) == len(self.arms), "study.arms", self.arms, "without repetition")
-        require(len(self.omegas) >= 2, "study.omegas", self.omegas, "at least two numbers")
+        rising = all(one < next_one for one, next_one in pairwise(self.omegas))
+        allowed = len(self.omegas) >= 2 and all(abs(omega) < 1e6 for omega in self.omegas) and rising
+        require(
+            allowed, "study.omegas", self.omegas, "at least two finite numbers below 1e6, each above the one before"
+        )
         require(self.noskip_depth >= 1, "study.noskip_depth", self.noskip_depth, "at least 1")
         require(self.noskip_epochs >= 1, "study.noskip_epochs", self.noskip_epochs, "at least 1")
+        require(abs(self.noskip_init) < 1e6, "study.noskip_init", self.noskip_init, "a finite number below 1e6")
         require(self.tune_epochs >= 0, "study.tune_epochs", self.tune_epochs, "at least 0")
         require(self.tune_lr > 0, "study.tune_lr", self.tune_lr, "positive")
 

@@ -236,7 +236,7 @@ def test_two_processes_train_the_chain_of_one_at_the_same_global_batch(tmp_path:
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+; the last good checkpoint is in"):
+    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+; "):
         train(config("--train.lr", 1e30, "--train.clip", 1e30), tmp_path / "run", quiet)
     assert not (tmp_path / "run" / "done.json").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diverse_vit.cosines import contrastive, cosine, cosine_across
+from diverse_vit.head_cosine import attention_map, head_cosine
+from diverse_vit.hyperspherical import mgd, mhs
+from diverse_vit.orthogonality import cno, cno_features, so
 from diverse_vit.tests import plain
 from diverse_vit.tests.vectors import check_reference, reference
 
@@ -167,3 +171,33 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert cosine(z).dtype == torch.float32
     assert cosine(z).item() == pytest.approx(cosine(z.double()).item(), abs=1e-6)
     assert contrastive(z, z).item() == pytest.approx(contrastive(z.double(), z.double()).item(), abs=1e-6)
+
+
+NAMED: dict[Callable[..., Any], tuple[str, ...]] = {  # the tensors of each loss that `exact` decorates
+    cosine: ("z",),
+    cosine_across: ("a", "b"),
+    contrastive: ("h_first", "h_last"),
+    attention_map: ("q", "k"),
+    head_cosine: ("q", "k"),
+    mhs: ("z",),
+    mgd: ("z",),
+    so: ("z",),
+    cno: ("w", "x1", "x2"),
+    cno_features: ("z", "x1", "x2"),
+}
+
+
+@pytest.mark.parametrize("loss", NAMED, ids=lambda loss: loss.__name__)
+def test_every_loss_can_be_called_by_keywords_in_any_order(loss: Callable[..., Any]) -> None:
+    start = torch.Generator().manual_seed(0)
+    shape, names = (2, 2, 4, 3) if "q" in NAMED[loss] else (2, 4, 3), NAMED[loss]
+    values = [
+        torch.randn(2, 4, 1, generator=start) if n[0] == "x" else torch.randn(shape, generator=start) for n in names
+    ]
+    more = {"normalise": True} if loss is so else {}
+    expected = loss(*values, **more)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(**more, **dict(reversed(list(zip(names, values, strict=True)))))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with pytest.raises(TypeError, match=f"missing .*'{names[0]}'"):
+        loss(**more)

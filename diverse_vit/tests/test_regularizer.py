@@ -499,6 +499,7 @@ def _part(batch: MixedBatch, rows: slice) -> MixedBatch:
         ("one_head", {"attn_cos": 1}, ValueError, "at least 2 heads, block 0 has 1"),
         ("swin", {"emb_nce": 1}, ValueError, "emb_nce must be 0 in a network of several stages"),
         ("cait", {"attn_cos": 1}, TypeError, "attention of block 0 must be one of timm's .*, got TalkingHeadAttn"),
+        ("cait", {"weight_cno": 1}, TypeError, "attention of block 0 must be one of timm's .*, got TalkingHeadAttn"),
     ],
 )
 def test_what_cannot_be_done_is_refused_at_once(
@@ -522,14 +523,36 @@ def test_sharded_weights_are_refused() -> None:
         regularized(model, weight_cno=1)
 
 
+def test_weights_of_which_a_rank_has_a_part_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    weight = model.blocks[1].attn.qkv.weight
+    monkeypatch.setattr(weight, "full_tensor", lambda: weight, raising=False)  # what a DTensor has
+    with pytest.raises(ValueError, match=r"whole matrices, got sharded q, k, v weights in block 1"):
+        regularized(model, weight_cno=1)
+
+
+@pytest.mark.parametrize("mix", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_any_number_of_labels_but_one_an_image_is_refused(count: int, mix: bool) -> None:
+    found = regularized(build(), mix=mix)
+    with pytest.raises(ValueError, match=rf"labels must have shape \(4,\), one an image, got \({count},\)"):
+        found(images(), labels(count))
+    with pytest.raises(ValueError, match=r"labels must have shape"):
+        found(images(), mixed()._replace(y2=labels(count)))
+
+
 def test_labels_of_another_patch_size_are_refused() -> None:
     with pytest.raises(ValueError, match="patch_weight must have one number a patch, got 4 for 16 patches"):
         DiverseRegularizer(build())(images(), mixed(patch=8))
 
 
-def test_debug_mode_refuses_labels_of_another_network() -> None:
-    with pytest.raises(ValueError, match="labels must be below the network's 5 classes"):
-        DiverseRegularizer(build(), debug=True)(images(), labels() + 2)
+@pytest.mark.parametrize(("shift", "got"), [(2, "2 to 5"), (-1, "-1 to 2")])
+def test_labels_of_another_network_are_named_in_debug_mode_and_never_pass(shift: int, got: str) -> None:
+    for mix in (False, True):
+        with pytest.raises(ValueError, match=rf"labels must be in \[0, 5\), the network's classes, got {got}"):
+            regularized(build(), mix=mix, debug=True)(images(), labels() + shift)
+        with pytest.raises((IndexError, RuntimeError)):
+            regularized(build(), mix=mix)(images(), labels() + shift)
 
 
 def test_debug_mode_names_what_is_not_finite() -> None:

@@ -120,3 +120,9 @@ def test_a_wrong_option_is_refused_before_anything_is_written(
     wrong: Sequence[str], message: str, tmp_path: Path
 ) -> None:
     check_study_refuses(reproduce, tmp_path, [*FASTER, *wrong], message)
+
+
+def test_an_arm_that_mixes_labels_of_unmixed_images_alone_is_refused_by_name(tmp_path: Path) -> None:
+    wrong = ["--train.mixup", "0", "--train.cutmix", "0", "--study.arms", "{plain: {}, ce_all: {mix: true}}"]
+    message = "study.arms.ce_all.mix must be false without mixup, cutmix or an embedding term, got True"
+    check_study_refuses(reproduce, tmp_path, [*FASTER, *wrong], message)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from common import distributed
 from common.config import UserError, parse
+from common.data import ImageSet, batches, in_order, pixels
 from common.data import load as load_data
-from common.runs import load_checkpoint, read_json, seed_everything
+from common.experiment import accuracy
+from common.runs import NonFiniteError, load_checkpoint, read_json, save_checkpoint, seed_everything
 from common.tests import children
 from common.tests.paper_checks import (
     check_eval_refuses,
@@ -28,6 +34,7 @@ from common.tests.paper_checks import (
 from common.vit import build_vit
 from diverse_vit import eval as evaluation
 from diverse_vit import train as training
+from diverse_vit.redundancy import redundancy_report
 from diverse_vit.regularizer import DiverseRegularizer
 from diverse_vit.settings import Config
 from diverse_vit.train import mixer, train
@@ -164,6 +171,75 @@ def test_each_step_and_each_rank_draws_its_own_mixup(monkeypatch: pytest.MonkeyP
     assert draw(0) != alone
 
 
+def test_each_rank_drops_paths_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    watched(monkeypatch, lambda *_: seeds.append(torch.initial_seed()))
+    for rank in (0, 1):
+        seen = SimpleNamespace(**{**vars(distributed), "rank": lambda rank=rank: rank})
+        monkeypatch.setattr(training, "distributed", seen)
+        train(short(), tmp_path / str(rank), quiet)
+    assert len(seeds) == len(set(seeds)) == 2
+
+
+def test_mixup_and_cutmix_have_the_alphas_of_their_names() -> None:
+    found = mixer(config("--train.mixup", 0.3, "--train.cutmix", 0.7), 0)
+    assert (found.mixup_alpha, found.cutmix_alpha) == (0.3, 0.7)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, look: Callable[[Tensor, Any], object]) -> None:
+    """Have `look` see the images and labels of every training step."""
+    call = DiverseRegularizer.__call__
+
+    def told(self: DiverseRegularizer, images: Tensor, mixed: Any) -> Any:
+        look(images, mixed)
+        return call(self, images, mixed)
+
+    monkeypatch.setattr(DiverseRegularizer, "__call__", told)
+
+
+def first_batch() -> tuple[Tensor, Tensor]:
+    """Normalised images and labels of the first step of `short`, before any augmentation."""
+    there = short()
+    data = load_data(there.data).train
+    images, labels = next(batches(data, there.train.batch_size, there.data, seed=there.seed))
+    return there.model.normalize(pixels(images)), labels
+
+
+def test_the_network_sees_the_images_that_are_mixed_like_their_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[Tensor, Any]] = []
+    watched(monkeypatch, lambda *step: steps.append(step))
+    train(short("--train.roll", 0), tmp_path / "run", quiet)
+    ((seen, mixed),), (images, labels) = steps, first_batch()
+    expected = mixer(short(), 0)(images, labels)
+    assert expected.lam < 1 and not torch.equal(expected.x, images)
+    for found, wanted in ((seen, expected.x), (mixed.y1, labels), (mixed.y2, labels.flip(0))):
+        assert torch.equal(found, wanted)
+    assert mixed.lam == expected.lam and torch.equal(mixed.patch_weight, expected.patch_weight)
+
+
+def test_images_are_rolled_each_by_its_own_shift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[Tensor, Any]] = []
+    watched(monkeypatch, lambda *step: steps.append(step))
+    train(short("--train.roll", 1, "--train.mixup", 0, "--train.cutmix", 0), tmp_path / "run", quiet)
+    ((seen, labels),), (images, expected) = steps, first_batch()
+    assert torch.equal(labels, expected)
+    shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    rolled = {shift: torch.roll(images, shift, (2, 3)) for shift in shifts}
+    found = [[shift for shift in shifts if torch.equal(rolled[shift][i], image)] for i, image in enumerate(seen)]
+    assert all(len(own) == 1 for own in found) and {own[0] for own in found} == set(shifts)
+
+
+def test_labels_are_smoothed_as_configured() -> None:
+    there = short("--train.smoothing", 0.3)
+    model = build_vit(there.model, load_data(there.data).train).eval()
+    nn.init.normal_(model.head.weight)  # it starts at 0, where smoothing changes nothing
+    images, labels = first_batch()
+    loss = training.regularized(model, there)(images, labels).loss
+    torch.testing.assert_close(loss, F.cross_entropy(model(images), labels, label_smoothing=0.3))
+
+
 # Disturbed
 
 
@@ -239,6 +315,31 @@ def test_ten_broken_steps_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "run" / "done.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        (1.0, r"gradient norm is (inf|nan) at step 9; the last"),
+        (0.0, r"model \S+ is not finite after step 9; the last"),
+    ],
+)
+def test_a_gradient_that_is_not_finite_leaves_no_finished_run(
+    clip: float, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = DiverseRegularizer.__call__
+
+    def broken(self: DiverseRegularizer, *inputs: Any) -> Any:
+        step, output = self.step, call(self, *inputs)
+        if step == 9:  # the last one
+            output.loss.register_hook(lambda gradient: gradient * float("inf"))
+        return output
+
+    monkeypatch.setattr(DiverseRegularizer, "__call__", broken)
+    with pytest.raises(NonFiniteError, match=message) as told:
+        train(config("--train.clip", clip, "--train.ema", 0.9), tmp_path / "run", quiet)
+    assert len(str(told.value).splitlines()) == 1
+    assert not [name for name in ("model.pt", "done.json") if (tmp_path / "run" / name).exists()]
+
+
 # The command line
 
 
@@ -253,6 +354,10 @@ def test_ten_broken_steps_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pyt
         (
             ["--objective.attn_layers", "[5]", "--objective.attn_cos", "1"],
             "objective does not fit model.name vit: attn",
+        ),
+        (
+            ["--objective.mix", "true", "--train.mixup", "0", "--train.cutmix", "0"],
+            "objective.mix must be false without mixup, cutmix or an embedding term, got True",
         ),
         (["--train.batch_size", "41"], "train.batch_size must be even with mixup or cutmix, got 41"),
         (["--train.ema", "1.5"], "train.ema must be in [0, 1), got 1.5"),
@@ -319,6 +424,28 @@ def test_measures_are_kept_and_read_again(finished: Path, tmp_path: Path) -> Non
     assert [len(metrics[name]) for name in ("embedding_cosine", "head_cosine", "spectrum")] == [4, 3, 16]
     (run / "model.pt").unlink()
     assert evaluation.evaluate(run) == metrics
+
+
+def test_test_accuracy_is_the_weights_own_and_all_is_measured_on_test_images(finished: Path, tmp_path: Path) -> None:
+    run, there = copied(finished, tmp_path / "run"), everything()
+    content, splits = load_checkpoint(run / "model.pt"), load_data(there.data)
+    content["average"]["head.weight"] *= -1  # no longer what the weights say
+    content["average"]["head.bias"] *= -1
+    save_checkpoint(run / "model.pt", content)
+    found, model = evaluation.evaluate(run), build_vit(there.model, splits.train)
+
+    def hits(name: str, data: ImageSet) -> float:
+        model.load_state_dict(content[name])
+        return accuracy(model, data, there.model.normalize)
+
+    own, average = (hits(name, splits.test) for name in ("model", "average"))
+    assert len({own, average, hits("model", splits.train)}) == 3  # else the next line would say nothing
+    assert (found["test_accuracy"], found["average_accuracy"]) == (own, average)
+    model.load_state_dict(content["model"])
+    images = next(in_order(splits.test, there.eval.images))[0]
+    expected = redundancy_report(model.eval(), [there.model.normalize(pixels(images))])
+    for name in ("embedding_cosine", "head_cosine"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))

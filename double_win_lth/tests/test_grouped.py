@@ -113,4 +113,61 @@ def test_what_cannot_be_grouped_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="heads must be 2 as the masks, got 1"):
         stack_tickets(net, masks_of(net, 2), heads_of(net, 1))
     with pytest.raises(ValueError, match=r"mask conv1.weight must be \(4, 2, 3, 3\), got \(4, 2, 7, 7\)"):
-        stack_tickets(net, [{"conv1.weight": torch.ones(4, 2, 7, 7)}])
+        stack_tickets(net, [{**masks_of(net, 1)[0], "conv1.weight": torch.ones(4, 2, 7, 7)}])
+
+
+def test_masks_of_other_names_or_shapes_are_refused_by_name() -> None:
+    net = network()
+    one, other = masks_of(net, 2)
+    count, less = len(one), {name: mask for name, mask in other.items() if name != "conv1.weight"}
+    more = {**other, "fc.weight": torch.ones(3, 16)}
+    with pytest.raises(ValueError, match=f"exactly the {count} prunable weights, only the model has conv1.weight"):
+        stack_tickets(net, [one, less])
+    with pytest.raises(ValueError, match=f"exactly the {count} prunable weights, only the ticket has fc.weight"):
+        stack_tickets(net, [one, more])
+    together = stack_tickets(net, [one, other])
+    for masks, message in (
+        ([one], "masks must be 2 as the tickets, got 1"),
+        ([one, less], r"mask conv1\.weight of ticket 1 must be \(4, 2, 3, 3\), got none"),
+        ([less, one], r"mask conv1\.weight of ticket 0 must be \(4, 2, 3, 3\), got none"),
+        ([one, more], r"mask fc\.weight of ticket 0 must be \(3, 16\), got none"),
+        ([one, {**other, "conv1.weight": torch.ones(4, 2, 7, 7)}], r"of ticket 1 must be .*, got \(4, 2, 7, 7\)"),
+        ([{**each, "odd": torch.ones(1)} for each in (one, other)], "mask odd must name a parameter of the tickets"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            together.masks(masks)
+
+
+def test_heads_can_be_masked_and_be_without_bias() -> None:
+    net = network().eval()
+    masks, heads = masks_of(net, 2), [nn.Linear(16, 7, bias=False).double() for _ in range(2)]
+    together = stack_tickets(net, masks, heads).eval()
+    x, _, _ = batch()
+    for index, head in enumerate(heads):
+        ticket = copy.deepcopy(net)
+        masks[index].apply_(ticket)
+        ticket.set_submodule("fc", head)
+        assert torch.allclose(together(x)[index], ticket(x), atol=1e-12)
+        ticket.load_state_dict(together.ticket_state(index))
+    pruned = [{"fc.weight": torch.arange(7 * 16).view(7, 16) % 2 == index} for index in range(2)]
+    together.masks(pruned).apply_(together)
+    for index, head in enumerate(heads):
+        left = head.weight.detach() * pruned[index]["fc.weight"]
+        assert torch.equal(together.ticket_state(index)["fc.weight"], left)
+
+
+def test_heads_and_networks_that_do_not_fit_together_are_refused_by_name() -> None:
+    net = network()
+    masks = masks_of(net, 2)
+    for heads, message in (
+        ([nn.Linear(15, 3), nn.Linear(15, 3)], "heads must have 16 inputs as the model's, got 15"),
+        ([nn.Linear(16, 4), nn.Linear(16, 3)], r"got fc\.weight \(4, 16\) in 0, \(3, 16\) in 1"),
+        ([nn.Linear(16, 3), nn.Linear(16, 3, bias=False)], r"got fc\.bias \(3,\) in 0, none in 1"),
+        ([nn.Linear(16, 3, bias=False), nn.Linear(16, 3)], r"got fc\.bias none in 0, \(3,\) in 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stack_tickets(net, masks, heads)
+    with pytest.raises(ValueError, match=r"tickets must be of one architecture, got conv1\.weight"):
+        TicketBatch([network(), build_model("resnet8", 2, 3, [0.4], [0.3], 8)])
+    with pytest.raises(TypeError, match="tickets can be grouped with one Linear layer, the head, got 2"):
+        TicketBatch([nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))])

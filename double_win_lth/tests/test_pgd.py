@@ -89,6 +89,36 @@ def test_the_result_is_in_the_ball_and_in_the_box(eps: float, size: float, steps
     assert (found - x).abs().max() <= eps + 1e-6 and found.min() >= 0 and found.max() <= 1 and not found.requires_grad
 
 
+def test_images_and_starts_that_require_gradients_give_a_detached_result() -> None:
+    x, y = nets.small_batch()
+    net, start = nets.small_net().eval(), torch.full_like(x, 0.05)
+    plain = pgd_linf(net, x, y, start=start, **TIMID)
+    attached = x.clone().requires_grad_(), start.clone().requires_grad_()
+    found = pgd_linf(net, attached[0], y, start=attached[1], **TIMID)
+    assert torch.equal(found, plain) and not found.requires_grad
+    assert attached[0].grad is None and attached[0].requires_grad
+    assert not pgd_linf(net, attached[0], y, **{**TIMID, "steps": 0}).requires_grad
+
+
+@pytest.mark.parametrize("bounds", [(-1.0, 1.0), (0.25, 0.5), (-3.0, -2.0)])
+def test_the_box_is_that_of_bounds(bounds: tuple[float, float]) -> None:
+    low, high = bounds
+    x, y = torch.tensor([[low, high], [low + 0.1, high - 0.1]]), torch.tensor([1, 1])
+    options = {"eps": 0.15, "step_size": 0.04, "steps": 4, "bounds": bounds}
+    # Label 1 wants x1 - x2 larger: x1 rises, x2 falls, by the radius.
+    found = pgd_linf(slope, x, y, random_start=False, **options)
+    assert torch.allclose(found, x + torch.tensor([0.15, -0.15]))
+    # Label 0 the other way, as far as the box lets them.
+    wanted = torch.tensor([[low, high], [max(low + 0.1 - 0.15, low), min(high - 0.1 + 0.15, high)]])
+    assert torch.allclose(pgd_linf(slope, x, 0 * y, random_start=False, **options), wanted)
+    started = pgd_linf(slope, x, y, start=torch.full_like(x, 0.15), **{**options, "steps": 0})
+    assert torch.allclose(started, (x + 0.15).clamp(low, high)) and started.max() <= high
+    survived = pgd_survivors(slope, x, 0 * y, random_start=False, **{**options, "eps": 0.0})
+    assert torch.equal(survived, slope(x).argmax(1) == 0)
+    with pytest.raises(ValueError, match=rf"x must be within \[{low}, {high}\], got values in"):
+        pgd_linf(slope, x + high - low, y, **options)
+
+
 def test_gradients_flags_and_mode_are_as_before() -> None:
     x, y = nets.small_batch()
     net = nets.small_net().train()
@@ -185,3 +215,5 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing() -> None:
     with pytest.raises(FloatingPointError, match="loss of the attack must be finite, got nan over 3 steps"):
         pgd_linf(net, X, Y, **TIMID)
     assert torch.equal(net[1].running_mean, before) and int(net[1].num_batches_tracked) == 0
+    with pytest.raises(FloatingPointError, match="loss of the attack must be finite, got nan over 3 steps"):
+        pgd_survivors(net.eval(), X, 0 * Y, **TIMID)  # argmax of NaN is class 0

@@ -63,6 +63,7 @@ def test_the_chain_of_masks_is_that_of_the_released_code_and_every_ticket_is_rew
         checked.append(book.remaining(level))
 
     find_tickets(net, train_round, rate=0.2, rounds=6, on_ticket=on_ticket)
+    assert all(torch.equal(value, start[name]) for name, value in net.state_dict().items())
     assert checked == nets.constants()["remaining_count"]
     total = sum(nets.constants()["numel"].values())
     assert [100 * n / total for n in checked] == pytest.approx(nets.constants()["remaining_percent"], abs=1e-9)
@@ -109,9 +110,7 @@ def trained(model: nn.Module, masks: Masks, level: int) -> None:
 
 def test_the_first_ticket_is_one_shot_and_baselines_have_equal_counts_and_nest() -> None:
     net = nets.small_net()
-    weights = copy.deepcopy(net.state_dict())
     imp = find_tickets(net, trained, rate=0.3, rounds=4)
-    net.load_state_dict(weights)
     counts = [imp.remaining(level) for level in range(1, 5)]
     omp = one_shot_tickets(net, counts)
     rp = one_shot_tickets(net, counts, score="random", generator=torch.Generator().manual_seed(0))
@@ -127,11 +126,9 @@ def test_the_first_ticket_is_one_shot_and_baselines_have_equal_counts_and_nest()
 
 def test_a_chain_that_was_interrupted_between_rounds_goes_on_without_training_a_round_again() -> None:
     net = nets.small_net()
-    weights, levels = copy.deepcopy(net.state_dict()), []
+    levels: list[int] = []
     whole = find_tickets(net, trained, rate=0.3, rounds=4)
-    net.load_state_dict(weights)
     half = find_tickets(net, trained, rate=0.3, rounds=2)
-    net.load_state_dict(weights)
 
     def noted(model: nn.Module, masks: Masks, level: int) -> None:
         levels.append(level)
@@ -140,6 +137,21 @@ def test_a_chain_that_was_interrupted_between_rounds_goes_on_without_training_a_
     again = find_tickets(net, noted, rate=0.3, rounds=4, found=half)
     assert levels == [2, 3]
     assert all(torch.equal(again.survived[name], value) for name, value in whole.survived.items())
+    assert find_tickets(net, noted, rate=0.3, rounds=2, found=half) is half and levels == [2, 3]
+    with pytest.raises(ValueError, match="found must hold at most rounds=2 tickets, got 4"):
+        find_tickets(net, noted, rate=0.3, rounds=2, found=whole)
+
+
+@pytest.mark.parametrize("level", [0, 2, 4])
+def test_a_ticket_of_the_model_that_it_was_found_in_has_the_books_sparsity(level: int) -> None:
+    net = nets.small_net()
+    start = copy.deepcopy(net.state_dict())
+    book = find_tickets(net, trained, rate=0.3, rounds=4)
+    book.apply_to(net, level)
+    weights = conv_weights(net)
+    zeros = sum(int((weight == 0).sum()) for weight in weights.values())
+    assert zeros / sum(weight.numel() for weight in weights.values()) == book.sparsity(level)
+    assert all(torch.equal(weight, start[name] * book.mask(level)[name]) for name, weight in weights.items())
 
 
 # Files

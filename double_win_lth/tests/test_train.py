@@ -16,7 +16,7 @@ import torch
 
 from common.config import UserError, parse
 from common.data import load as load_data
-from common.runs import load_checkpoint, read_json, save_checkpoint, seed_everything
+from common.runs import NonFiniteError, load_checkpoint, read_json, save_checkpoint, seed_everything
 from common.tests import children
 from common.tests.paper_checks import (
     check_eval_refuses,
@@ -84,6 +84,30 @@ def test_a_run_pre_trains_and_leaves_nested_tickets_of_exact_counts(found: Path)
     net.load_state_dict(load_checkpoint(found / "pretrained.pt")["model"])
     once = one_shot_tickets(net, metrics["remaining"][1:])
     assert book.iou(once, 1) == 1 and book.iou(once, 2) < 1
+
+
+def test_rounds_keep_masked_weights_at_zero_and_start_their_learning_rates_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = config("--prune.rounds", 3, "--round.schedule", "triangle")
+    step, rank, rates, ranked = training.checked_step, finding.keep_largest, [], []
+
+    def stepping(
+        run: Any, number: int, model: Any, optimizer: Any, batch: Any, regime: Any, lr: float, **o: Any
+    ) -> Any:
+        rates.append(lr)
+        return step(run, number, model, optimizer, batch, regime, lr, **o)
+
+    def ranking(weights: Any, keep: int, within: Any) -> Any:
+        ranked.append([torch.equal(weight != 0, within[name]) for name, weight in weights.items()])
+        return rank(weights, keep, within)
+
+    monkeypatch.setattr(training, "checked_step", stepping)
+    monkeypatch.setattr(finding, "keep_largest", ranking)
+    train(there, tmp_path / "run", quiet)
+    a_round = [there.round.learning_rate(number, 3) for number in range(3)]
+    assert rates == [there.pretrain.learning_rate(number, 3) for number in range(4)] + 2 * a_round
+    assert len(set(a_round)) > 1 and len(ranked) == 3 and all(map(all, ranked))
 
 
 def test_regimes_of_one_seed_start_from_one_network_and_differ(found: Path, tmp_path: Path) -> None:
@@ -178,6 +202,42 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+; "):
             train(config("--regime", regime, "--pretrain.lr", 1e30), tmp_path / regime, quiet)
         assert not (tmp_path / regime / "done.json").exists()
+
+
+def poisoned(step: Callable[..., Any], at: int) -> Callable[..., Any]:
+    """Steps of which number `at` leaves statistics that are infinite, which logits do not show."""
+
+    def stepping(run: Any, number: int, model: Any, *rest: Any, **options: Any) -> Any:
+        values = step(run, number, model, *rest, **options)
+        if number == at:
+            model.get_buffer("bn1.running_var").fill_(torch.inf)
+        return values
+
+    return stepping
+
+
+@pytest.mark.parametrize(("stage", "last"), [("pretraining", 3), ("round", 6)])
+def test_a_stage_whose_last_step_diverges_stops_there(
+    stage: str, last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "checked_step", poisoned(training.checked_step, last))
+    with pytest.raises(NonFiniteError, match=rf"^bn1\.running_var is inf at step {last + 1}; "):
+        train(config("--run.checkpoint_every", 50), tmp_path / stage, quiet)
+
+
+@pytest.mark.parametrize("kind", ["std", "adv"])
+@pytest.mark.parametrize("lr", [1e30, None])  # finite weights of logits that are not; a state that is not
+def test_a_transfer_whose_last_step_diverges_leaves_nothing_that_looks_finished(
+    kind: str, lr: float | None, found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--transfer.kind", kind, "--transfer.fraction", 0.1, "--finetune.steps", 1]
+    if lr is None:
+        monkeypatch.setattr(transferring, "checked_step", poisoned(transferring.checked_step, 0))
+    else:
+        options += ["--finetune.lr", lr]
+    with pytest.raises(NonFiniteError, match=r"^\S+ is (nan|inf) at step 1; no checkpoint had been written$"):
+        train(to(found, *options), tmp_path / "run", quiet)
+    assert not {"model.pt", "done.json"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
 # Given weights
@@ -288,13 +348,67 @@ def test_tickets_trained_together_end_as_they_do_alone(kind: str, found: Path, t
     batch = load_checkpoint(tmp_path / "all" / "model.pt")["model"]
     sparsities = read_json(tmp_path / "all" / "done.json")["sparsity"]
     assert sparsities == {"dense": 0.0, "imp:2": 0.75, "reinit:2": 0.75}
+    book = TicketBook.load(found / "tickets.safetensors")
     for index, name in enumerate(names):
         train(to(found, *options, "--transfer.tickets", f"[{name}]"), tmp_path / name, quiet)
         alone = load_checkpoint(tmp_path / name / "model.pt")["model"]
         width = len(alone["conv1.weight"])
         ours = batch["net.conv1.weight"][index * width : (index + 1) * width]
         assert torch.allclose(ours, alone["conv1.weight"], atol=1e-3)
-        assert (ours[alone["conv1.weight"] == 0] == 0).all()
+        for key, mask in book.mask(0 if name == "dense" else 2).items():
+            ours = batch[f"net.{key}"].chunk(len(names))[index]
+            assert torch.equal(ours != 0, mask) and torch.equal(alone[key] != 0, mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attack_bn", "passes"),
+    [("std", "train", 3), ("adv", "train", 9), ("adv", "eval", 3)],  # three steps, an attack of two
+)
+def test_a_transfer_trains_on_the_images_of_its_kind_with_batch_norm_as_told(
+    kind: str, attack_bn: str, passes: int, found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacked, attack = [], Regime.perturb
+
+    def watch(regime: Regime, model: Any, x: Any, *rest: Any, **options: Any) -> Any:
+        images = attack(regime, model, x, *rest, **options)
+        if regime.name != "pgd":  # not in measuring
+            attacked.append(not torch.equal(images, x))
+        return images
+
+    monkeypatch.setattr(Regime, "perturb", watch)
+    options = ["--transfer.kind", kind, "--transfer.attack_bn", attack_bn, "--transfer.fraction", 0.02]
+    train(to(found, *options), tmp_path / "run", quiet)
+    assert attacked[:3] == [kind == "adv"] * 3
+    before = load_checkpoint(found / "pretrained.pt")["model"]["bn1.num_batches_tracked"]
+    assert load_checkpoint(tmp_path / "run" / "model.pt")["model"]["bn1.num_batches_tracked"] - before == passes
+
+
+def test_robust_accuracy_is_measured_on_test_images_under_the_attack_of_measuring(
+    found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, measure = [], transferring.accuracies
+
+    def watch(model: Any, data: Any, attack: Regime, **options: Any) -> list[float]:
+        measured.append((data.images, attack))
+        return measure(model, data, attack, **options)
+
+    monkeypatch.setattr(transferring, "accuracies", watch)
+    judge = ["--eval.attack.steps", 3, "--eval.attack.eps", 0.07, "--eval.attack.step_size", 0.03]
+    for split in ("test", "val"):
+        train(to(found, *judge, "--transfer.fraction", 0.02, "--eval.split", split), tmp_path / split, quiet)
+    test = load_data(to(found).target).test.images
+    val = target_images(to(found))[1].images
+    for (images, attack), wanted in zip(measured, (test, test[:40], val, val[:40]), strict=True):
+        assert torch.equal(images, wanted) and attack.name in ("std", "pgd")
+    assert measured[1][1] == measured[3][1] == Regime("pgd", 0.07, 0.03, 3)
+
+
+def test_every_draw_has_training_images_of_its_own_and_the_test_images_of_all(found: Path) -> None:
+    options = ["--transfer.fraction", 0.02, "--transfer.draw"]
+    (first, val, test), (second, its_val, its_test) = (target_images(to(found, *options, draw)) for draw in (0, 1))
+    assert not torch.equal(first.images, second.images) and len(first) == len(second) == 22
+    assert torch.equal(val.images, its_val.images) and torch.equal(test.images, its_test.images)
+    assert torch.equal(test.images, load_data(to(found).target).test.images)
 
 
 def test_transfer_resumes_bit_for_bit_with_its_best_weights(found: Path, tmp_path: Path) -> None:
@@ -415,6 +529,10 @@ def test_a_transfer_that_does_not_fit_its_tickets_is_refused_by_name(found: Path
         return str(error.value)
 
     assert told("--finetune.steps", 0) == "finetune.steps must be above 0, or finetune.epochs, got 0"
+    few = "transfer.select_from must be below the {} whole epochs of finetune with transfer.select {}, got {}"
+    assert told("--transfer.select", "val") == few.format(0, "val", 0)
+    epochs = ["--finetune.steps", 0, "--finetune.epochs", 3, "--transfer.select", "val_full"]
+    assert told(*epochs, "--transfer.select_from", 3) == few.format(3, "val_full", 3)
     assert told("--transfer.tickets", "[imp:3]") == "transfer.tickets must be of a level up to 2, got 'imp:3'"
     assert "pretrained.pt: conv1.weight must be (8, 1, 3, 3), got (4, 1, 3, 3)" in told("--model.width", 8)
     assert "pretrained.pt: lacks layers" in told("--model.name", "resnet20")
@@ -428,6 +546,33 @@ def test_a_transfer_that_does_not_fit_its_tickets_is_refused_by_name(found: Path
     assert "pretrained.pt: damaged" in told(run=damaged)
     (damaged / "done.json").write_text("{}")
     assert told(run=damaged) == f"{damaged}: must be the folder of a finished run of task tickets"
+
+
+def test_tickets_of_the_targets_own_classes_are_refused(found: Path, tmp_path: Path) -> None:
+    train(config("--source.classes", "[3, 4]", "--target.classes", "[0]", "--regime", "std"), tmp_path / "same", quiet)
+    message = f"target.classes must be disjoint from source.classes [3, 4] of {tmp_path / 'same'} (or set allow_overlap"
+    for options in (["--transfer.run", tmp_path / "same"], ["--transfer.weights", tmp_path / "same"]):
+        with pytest.raises(UserError) as told:
+            train(to(found, *options), tmp_path / "run", quiet)
+        assert str(told.value).startswith(message) and not (tmp_path / "run").exists()
+    assert Source.of(to(tmp_path / "same", "--allow_overlap", "true")).book.levels == 2
+    # What counts is the run's source, not the one that is written in the transfer's configuration.
+    assert Source.of(to(found, "--source.classes", "[3]")).book.levels == 2
+
+
+def test_data_sets_are_one_whatever_their_name_or_the_way_to_them() -> None:
+    def apart(source: list[str], target: list[str]) -> bool:
+        classes = ["--source.classes", "[0, 1]", "--target.classes", "[1, 2]"]
+        named = [f"--{which}.{text}" for which, texts in (("source", source), ("target", target)) for text in texts]
+        try:
+            config(*classes, *(word for text in named for word in text.split("="))).require_apart()
+        except UserError:
+            return False
+        return True
+
+    assert not apart(["name=mnist5k"], ["name=mnist"]) and not apart(["name=mnist"], ["name=mnist5k"])
+    assert not apart(["name=npz", "path=a.npz"], ["name=npz", "path=b/../a.npz"])
+    assert apart(["name=npz", "path=a.npz"], ["name=npz", "path=b.npz"]) and apart(["name=mnist"], ["name=kmnist"])
 
 
 def test_training_by_command_says_what_came_out(

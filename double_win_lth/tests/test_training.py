@@ -199,6 +199,13 @@ def test_accuracy_under_no_attack_is_accuracy_and_batches_do_not_matter() -> Non
     assert accuracies(net, data, attack, seed=4, worst=True)[0] <= robust[0]
 
 
+def test_an_accuracy_of_logits_that_are_not_finite_is_an_error() -> None:
+    net = digit_net()
+    net[3].bias.data[2] = torch.nan
+    with pytest.raises(FloatingPointError, match="logits must be finite, got 40 of 400 that are not"):
+        accuracies(net, digits())
+
+
 def test_every_image_has_its_own_start_whatever_the_batch() -> None:
     class Watch(nn.Module):
         def __init__(self) -> None:
@@ -243,11 +250,12 @@ def test_images_of_another_side_are_cut_and_resized() -> None:
     assert len({round(width, 4) for width in widths.tolist()}) == 5
 
 
-def test_two_processes_find_the_tickets_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_several_processes_find_the_tickets_of_one(ranks: int, tmp_path: Path) -> None:
     two_ranks.main(tmp_path / "one")
-    two = children.run(*children.TORCHRUN, two_ranks.__file__, tmp_path / "two")
-    assert two.returncode == 0, two.stderr
-    books = [TicketBook.load(tmp_path / name) for name in ("one0", "two0", "two1")]
+    several = children.run(*children.TORCHRUN[:-1], f"--nproc_per_node={ranks}", two_ranks.__file__, tmp_path / "rank")
+    assert several.returncode == 0, several.stderr
+    books = [TicketBook.load(tmp_path / name) for name in ("one0", *(f"rank{number}" for number in range(ranks)))]
     assert books[0].levels == 3
     for book in books[1:]:
         assert all(torch.equal(book.survived[name], value) for name, value in books[0].survived.items())

@@ -108,6 +108,21 @@ def test_ratios_are_of_scores_before_and_after_the_step_and_start_anew_after_a_l
     assert seen[-1][1] == pytest.approx(seen[-1][2], abs=1e-3) and abs(seen[-1][1] - seen[-1][0]) > 0.01
 
 
+def test_measuring_the_ratio_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for every in (1, 99):
+        monkeypatch.setattr(games, "EVERY", every)
+        options = ["--model.name", "biggan", "--sparsity.balance_every", 99]
+        game = Game(smoke(*BALANCED, *options), load(smoke().data).train, torch.device("cpu"))
+        for step in range(2):
+            z, labels = draw_noise(16, 16, 10, step)
+            game.discriminate(torch.zeros(16, 1, 8, 8), labels, z, labels, 1.0)
+            game.generate(z, labels, 1.0)
+        assert len(game.state_dict()["balance"]["ratios"]) == (2 if every == 1 else 0)
+        states.append({**game.g.module.state_dict(), **{f"d.{k}": v for k, v in game.d.module.state_dict().items()}})
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
 def test_a_balanced_run_resumes_bit_for_bit_between_its_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(games, "EVERY", 2)
     monkeypatch.setattr(games, "density_change", lambda ratios, change: 100 * sum(ratios) % 0.3)

@@ -30,6 +30,14 @@ def test_flops_by_hand() -> None:
     assert flops == {"dense": 2 * 6 * (72 * 25 + 300), "sparse": 2 * 6 * (10 * 25 + 300)}
 
 
+def test_a_transposed_convolution_works_at_its_input_positions() -> None:
+    net = nn.ConvTranspose2d(3, 2, 4, stride=2, padding=1)
+    mask = torch.zeros(3, 2, 4, 4)
+    mask.view(-1)[:10] = 1
+    flops = sparse_flops(net, (torch.zeros(6, 3, 5, 5),), Masks({"weight": mask}))
+    assert flops == {"dense": 2 * 6 * 96 * 25, "sparse": 2 * 6 * 10 * 25}
+
+
 def test_flops_of_the_sngan_generator_are_those_of_its_shapes() -> None:
     g = build_generator("sngan", 8, 16, 1, z_dim=6)
     blocks = sum(2 * (2 * 64 * 9 * side**2 + 64 * (side // 2) ** 2) for side in (8, 16))

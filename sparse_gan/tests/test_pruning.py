@@ -69,6 +69,17 @@ def test_an_unknown_distribution_and_a_module_without_convolutions_are_refused()
         sparse_masks(nn.Linear(2, 2), 0.5, "erk", draws())
 
 
+def test_transposed_convolutions_are_under_masks_too() -> None:
+    net = nn.Sequential(nn.ConvTranspose2d(8, 4, 4, stride=2), nn.Conv2d(4, 2, 3))
+    everywhere = (
+        sparse_masks(net, 0.25, "erk", draws()),
+        magnitude_masks(net, 0.25, "global"),
+        snip_masks(net, 0.25, lambda: net(torch.ones(1, 8, 2, 2)).square().sum()),
+    )
+    for masks in everywhere:
+        assert set(masks) == {"0.weight", "1.weight"} and masks.kept == round(0.25 * (512 + 72))
+
+
 def test_snip_keeps_what_the_loss_would_miss_most() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 2, 3))

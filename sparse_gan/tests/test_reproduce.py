@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from common.config import ConfigError
 from common.study import Cell
 from common.tests.paper_checks import (
     check_a_killed_study_goes_on,
@@ -81,6 +82,37 @@ def test_an_arm_sets_its_method_and_densities_and_nothing_else() -> None:
     assert arm_config(config, settings, 5) == replace(config, seed=5, sparsity=sparsity)
 
 
+@pytest.mark.parametrize(
+    ("arm", "wanted"),
+    [
+        ("static", SparsityConfig("static")),
+        ("static-uniform", SparsityConfig("static", distribution="uniform")),
+        ("stu", SparsityConfig("dynamic", explore="g", growth_g="gradient", growth_d="random")),
+        ("stu-dense-moments", SparsityConfig("dynamic", moments="dense")),
+        ("set", SparsityConfig("dynamic", growth_g="random")),
+        ("only-d", SparsityConfig("dynamic", explore="d")),
+        ("both", SparsityConfig("dynamic", explore="both", growth_d="random")),
+        ("balanced", SparsityConfig("dynamic", balance=0.05)),
+    ],
+)
+def test_an_ablation_differs_from_stu_gan_by_what_its_name_says(arm: str, wanted: SparsityConfig) -> None:
+    settings = {"arm": arm, "density_g": 0.2, "density_d": 0.3}
+    assert arm_config(Config(), settings, 0).sparsity == wanted
+
+
+@pytest.mark.parametrize(("density", "rounds"), [(0.8, 1), (0.64, 2), (0.5, 4), (0.2, 8), (1.0, 1)])
+def test_an_imp_arm_has_the_rounds_that_end_at_its_density(density: float, rounds: int) -> None:
+    settings = {"arm": "imp", "density_g": density, "density_d": 0.3}
+
+    def of_rounds(count: int) -> Config:
+        return replace(Config(), sparsity=SparsityConfig(rounds=count))
+
+    assert arm_config(of_rounds(rounds), settings, 0).sparsity.rounds == rounds
+    for wrong in {1, rounds + 1} - {rounds}:
+        with pytest.raises(ConfigError, match=rf"sparsity\.rounds must be {rounds} for the arm imp"):
+            arm_config(of_rounds(wrong), settings, 0)
+
+
 def test_a_cell_tells_its_progress(tmp_path: Path) -> None:
     told: list[float] = []
     cell = Cell({"arm": "static", "density_g": 0.5, "density_d": 0.5}, 1)
@@ -104,6 +136,15 @@ def test_a_sheet_of_samples_survives_in_a_row_up_to_16_grey_levels() -> None:
     [
         (["--scale", "huge"], r"--scale must be one of .*smoke"),
         (["--study.arms", "[]"], "study.arms must be at least one, none twice"),
+        (["--study.arms", "[dense, imp 0.2 0.3]"], "sparsity.rounds must be 8 for the arm imp 0.2 0.3, got 1"),
+        (
+            ["--study.arms", "[dense, imp 0.8 0.3, gmp 0.2 0.3]", "--sparsity.update_every", "4"],
+            "must be with gmp such",
+        ),
+        (
+            ["--study.arms", "[dense, oneshot-global-g 0.2 0.3]", "--sparsity.tune_steps", "0"],
+            "sparsity.tune_steps must be at least 0, with oneshot at least 1, got 0",
+        ),
         (["--study.worker", "2"], "unknown key 'study.worker'; did you mean 'study.workers'"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common.config import UserError, parse
-from common.data import load
+from common.data import ImageSet, load
 from common.masks import Masks
 from common.runs import load_checkpoint, read_json
 from common.tests import children
@@ -31,6 +31,7 @@ from common.tests.paper_checks import (
 from sparse_gan import eval as evaluation
 from sparse_gan import train as training
 from sparse_gan.dynamic_sparsity import DynamicSparsity
+from sparse_gan.fd_classifier import real_images
 from sparse_gan.game import Game, build_networks, draw_noise, phase_lengths
 from sparse_gan.players import Player
 from sparse_gan.reproduce import METHODS
@@ -111,6 +112,14 @@ def test_every_method_ends_at_its_densities_and_its_weights_are_zero_elsewhere(a
     assert steps == snapshot_steps(config) and steps[-1] == sum(phase_lengths(config))
 
 
+@pytest.mark.parametrize(("prune", "d"), [("g", 1.0), ("both", 0.75)])
+def test_the_last_round_of_imp_prunes_no_more_than_its_density_asks(prune: str, d: float, tmp_path: Path) -> None:
+    options = ["--sparsity.rounds", 2, "--sparsity.density_g", 0.7, "--sparsity.density_d", 0.75]
+    metrics = train(of_arm("imp", *options, "--sparsity.prune", prune), tmp_path / "run", quiet)
+    assert metrics["density_g"] == pytest.approx(0.7, abs=1e-3)
+    assert metrics["density_d"] == pytest.approx(d, abs=1e-3)
+
+
 @pytest.mark.parametrize(("arm", "rewinds"), [("oneshot-global-g", False), ("imp", True)])
 def test_a_phase_starts_from_the_largest_trained_weights_where_they_are_or_rewound(arm: str, rewinds: bool) -> None:
     config = of_arm(arm, "--sparsity.rewind_step", 0, "--train.lr_g", 0.05)
@@ -166,6 +175,63 @@ def test_conditional_training_with_decay_and_dequantised_images_runs_through(tmp
     assert "blocks.0.norm1.gain.weight" in state and all(
         (state[name][~mask] == 0).all() for name, mask in masks.items()
     )
+
+
+def test_the_discriminator_is_told_real_from_generated_images_each_with_its_classes() -> None:
+    game = Game(smoke(*STU, "--model.name", "biggan"), load(smoke().data).train, torch.device("cpu"))
+    d, g = copy.deepcopy(game.d.module), copy.deepcopy(game.g.module)
+    z, fake_labels = draw_noise(16, 16, 10, 0)
+    real, labels = torch.rand(16, 1, 8, 8), (fake_labels + 1 + torch.arange(16) % 9) % 10
+    with torch.no_grad():
+        fake = g(z, fake_labels)
+
+        def loss(real_labels: torch.Tensor, fake_labels: torch.Tensor, sign: int = 1) -> float:
+            reals, fakes = copy.deepcopy(d)(real, real_labels), copy.deepcopy(d)(fake, fake_labels)
+            return float((1 - sign * reals).relu().mean() + (1 + sign * fakes).relu().mean())
+
+        wanted = loss(labels, fake_labels)
+        others = loss(labels, fake_labels, -1), loss(fake_labels, labels), loss(labels, labels)
+    assert all(abs(other - wanted) > 1e-3 for other in others)
+    assert game.discriminate(real, labels, z, fake_labels, 1.0) == pytest.approx(wanted, abs=1e-5)
+
+
+def played(config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
+    """What each step is given: real images and the rate's factor the discriminator's, the factor the generator's."""
+    turns, factors = [], []
+    discriminate, generate = Game.discriminate, Game.generate
+
+    def judge(game: Game, real: torch.Tensor, labels: Any, z: Any, fakes: Any, factor: float, check: Any) -> float:
+        turns.append((real.clone(), factor))
+        return discriminate(game, real, labels, z, fakes, factor, check)
+
+    def make(game: Game, z: Any, labels: Any, factor: float, check: Any) -> float:
+        factors.append(factor)
+        return generate(game, z, labels, factor, check)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Game, "discriminate", judge)
+        patch.setattr(Game, "generate", make)
+        train(config, folder, quiet)
+    return turns, factors
+
+
+def test_learning_rates_fall_in_a_straight_line_in_each_phase_where_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for decay, falling in ((False, [1.0] * 8), (True, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 1, 1 / 2])):
+        config = of_arm("oneshot-global-g", "--train.decay", decay)
+        turns, factors = played(config, tmp_path / str(decay), monkeypatch)
+        assert factors == pytest.approx(falling)
+        assert [factor for _, factor in turns] == pytest.approx([factor for factor in falling for _ in range(2)])
+
+
+def test_real_images_are_dequantised_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = smoke(*STU), smoke(*STU, "--train.dequantize", True)
+    plain, noisy = (played(config, tmp_path / str(n), monkeypatch)[0] for n, config in enumerate(configs))
+    shape = plain[0][0].shape[1:]
+    for number, ((bare, _), (real, _)) in enumerate(zip(plain, noisy, strict=True)):
+        assert torch.equal(real, bare + dequantisation(configs[1], shape, number // 2, number % 2))
+        assert not torch.equal(real, bare)
 
 
 # Disturbed
@@ -268,7 +334,7 @@ def test_what_a_player_explores_is_the_union_of_its_masks() -> None:
 
 @pytest.mark.parametrize("every", [2, 1])
 def test_a_loss_that_is_not_finite_stops_at_its_step(every: int, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"loss_[dg] is (nan|inf|-inf) at step \d+; the last good checkpoint is in"):
+    with pytest.raises(UserError, match=r"loss_[dg] is (nan|inf|-inf) at step \d+; "):
         lrs = ["--train.lr_g", 1e38, "--train.lr_d", 1e38]
         train(smoke(*lrs, "--sparsity.update_every", every), tmp_path / "run", quiet)
     assert not (tmp_path / "run" / "done.json").exists()
@@ -310,6 +376,10 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(every: int, tmp_path: Path)
         (["--study.arms", "[stu 2 1]"], "study.arms must be with densities in (0, 1], got 'stu 2 1'"),
         (["--study.arms", "[stu 0.1]"], "study.arms must be name density_g density_d, got 'stu 0.1'"),
         (["--study.arms", "[magic]"], "study.arms must be a name of dense"),
+        (["--study.arms", "[dense 0.2 0.3]"], "study.arms must be dense without densities below 1, got 'dense 0.2"),
+        (["--study.arms", "[dense, dense 1 1]"], "study.arms must be at least one, none twice"),
+        (["--study.arms", "[stu .05 .3, stu 0.05 0.3]"], "study.arms must be at least one, none twice"),
+        (["--eval.widths", "[8, 8, 8, 8]"], "eval.widths must be at most 3 stages for images of side 8, got [8, 8"),
     ],
 )
 def test_a_wrong_option_ends_in_one_line_before_anything_is_written(
@@ -376,6 +446,21 @@ def test_validation_images_give_another_score(finished: Path, tmp_path: Path) ->
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("split: test", "split: val"))
     assert evaluation.evaluate(folder)["fd"] != test
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_the_images_compared_with_are_those_of_the_split(
+    split: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(finished, tmp_path / "run")
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("split: test", f"split: {split}"))
+    seen: list[ImageSet] = []
+    monkeypatch.setattr(evaluation, "real_images", lambda data, size: (seen.append(data), real_images(data, size))[1])
+    evaluation.evaluate(folder)
+    (compared,) = seen
+    wanted = real_images(getattr(load(smoke().data), split), 8)
+    assert torch.equal(real_images(compared, 8), wanted)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from common.claims import holm, judge
-from vit_antioversmooth.claims import CLAIMS
+from vit_antioversmooth.claims import CLAIMS, claims_of
 from vit_antioversmooth.cost import PAPER_COUNTS
 from vit_antioversmooth.figures import draw
 from vit_antioversmooth.holm import judge_together
+from vit_antioversmooth.settings import ScaleStudy
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
 
@@ -84,6 +85,15 @@ def test_the_table_above_has_every_claim_and_each_carries_the_papers_setting() -
     assert all("ImageNet" in claim.paper or "%" not in claim.paper for claim in CLAIMS)
     recalled = [claim for claim in CLAIMS if "79.8" in claim.paper or "82.6" in claim.paper]
     assert len(recalled) == 4 and all("unverified" in claim.paper for claim in recalled)
+
+
+def test_the_dose_response_states_the_omegas_of_its_study_and_no_other_claim_changes() -> None:
+    words = "Causal: last-block HC/DC rises with omega in {%s} before any training (smallest rise)"
+    assert BY_ID["C4c"].statement == words % "0, 1, 4, 20"  # of demo
+    own = claims_of(ScaleStudy(omegas=[-0.5, 2.0, 1e3]))
+    assert [claim.id for claim in own] == [claim.id for claim in CLAIMS]
+    assert [claim.statement for claim in own if claim not in CLAIMS and claim.id == "C4c"] == [words % "-0.5, 2, 1000"]
+    assert all(claim in CLAIMS for claim in own if claim.id != "C4c")
 
 
 def test_without_rows_every_claim_is_inconclusive_and_nothing_is_drawn() -> None:

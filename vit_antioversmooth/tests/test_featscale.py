@@ -133,3 +133,16 @@ def test_both_scales_work_together_as_one_after_the_other() -> None:
 def test_a_block_that_is_a_sequence_is_refused() -> None:
     with pytest.raises(TypeError, match="must lie in a transformer block, got Sequential"):
         apply_featscale(nn.Sequential(nets.build("plain").blocks[0].attn))
+
+
+def test_an_init_that_is_no_pair_of_finite_numbers_is_refused_by_name() -> None:
+    model = nets.build("plain")
+    for kind, wrong, told in (
+        (TypeError, 0.5, "0.5"),
+        (TypeError, ("a", "b"), r"\('a', 'b'\)"),
+        (ValueError, (0.5,), r"\(0.5,\)"),
+        (ValueError, (0.0, float("nan")), r"\(0.0, nan\)"),
+    ):
+        with pytest.raises(kind, match=rf"init must be two finite numbers, \(s, t\), got {told}"):
+            apply_featscale(model, init=wrong)
+    assert scale_parameters(model) == []

@@ -135,3 +135,15 @@ def test_a_copy_of_a_folded_model_is_independent_and_a_folded_model_takes_no_sca
     assert torch.equal(model(x), expected)
     with pytest.raises(TypeError, match="FoldedAttention"):
         apply_attnscale(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "place"),
+    [("plain", "attnscale", "blocks.0.attn"), ("swin", "featscale", r"layers.0.blocks.0.drop_path1")],
+)
+def test_a_folded_model_that_is_folded_again_is_told_so(name: str, method: str, place: str) -> None:
+    model, x = fold_(scaled(name, method)), nets.images(name).double()
+    expected = model.double()(x)
+    with pytest.raises(ValueError, match=f"model must not be folded already, got {place} folded"):
+        fold_(model)
+    assert torch.equal(model(x), expected)

@@ -110,6 +110,14 @@ def test_the_curve_falls_below_machine_precision() -> None:
     assert curve[-1] < 1e-100 and decay == pytest.approx(THEORY["lambda2"].item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("steps", [0, -1])
+def test_fewer_steps_than_one_are_refused(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"steps must be at least 1, got {steps}"):
+        lowpass_curve(THEORY["A"], THEORY["z"], steps)
+    with pytest.raises(ValueError, match=f"steps must be at least 1, got {steps}"):
+        rho(THEORY["A"], steps)
+
+
 # Bounds
 
 

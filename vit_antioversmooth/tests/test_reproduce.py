@@ -29,7 +29,7 @@ from common.tests.paper_checks import (
 from vit_antioversmooth import reproduce as reproduction
 from vit_antioversmooth.claims import CLAIMS
 from vit_antioversmooth.cost import PAPER_COUNTS
-from vit_antioversmooth.reproduce import HERE, TUNED, arm_config, measure_untrained, reproduce, run_cell
+from vit_antioversmooth.reproduce import HERE, TUNED, arm_config, measure_untrained, reproduce, require_arms, run_cell
 from vit_antioversmooth.settings import ARMS, Config, ScaleConfig
 from vit_antioversmooth.train import network, scale_count
 
@@ -95,6 +95,8 @@ def test_controls_are_blind_and_arms_without_skip_have_their_own_size() -> None:
 def test_every_claim_is_judged_on_every_seed_or_for_want_of_rows_on_none(study: Study) -> None:
     judged = report(study.place)["claims"]
     assert {len(claim["values"]) for claim in judged} == {0, len(SEEDS)}
+    (dose,) = [claim["statement"] for claim in judged if claim["id"] == "C4c"]
+    assert "omega in {0, 1, 4} before" in dose  # those of this study
     verdicts = {claim["id"]: claim["verdict"] for claim in judged}
     assert (verdicts["C1"], verdicts["C2"], verdicts["C6a"]) == ("held", "held", "held")
 
@@ -199,12 +201,27 @@ def test_fine_tuning_starts_from_the_plain_network_alone_and_never_at_rate_0(
     assert min(rates) > 0 and max(rates) == pytest.approx(config.study.tune_lr)
 
 
+def test_every_arm_of_every_study_that_comes_along_can_be_configured() -> None:
+    for scale in ("smoke", "demo", "cifar", *PAPER_STUDIES):
+        require_arms(parse(Config, scale_arguments(CONFIGS, ["--scale", scale]), prog="reproduce"))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (["--scale", "huge"], r"--scale must be one of .*smoke"),
         (["--study.arms", "[attnscale]"], "study.arms must be plain and any of"),
-        (["--study.omegas", "[1]"], "study.omegas must be at least two numbers"),
+        (["--study.omegas", "[1]"], "study.omegas must be at least two finite numbers"),
+        (["--study.omegas", "[0, 4, 1]"], r"each above the one before, got \[0.0, 4.0, 1.0\]"),
+        (["--study.omegas", "[0, 1, 1]"], "study.omegas must be .*, each above the one before"),
+        (["--study.omegas", "[0, .nan]"], "study.omegas must be at least two finite numbers"),
+        (["--study.omegas", "[0, .inf]"], "study.omegas must be at least two finite numbers"),
+        (["--study.noskip_init", ".inf"], "study.noskip_init must be a finite number below 1e6, got inf"),
+        (["--scales.lr_mult", ".inf"], "scales.lr_mult must be positive and finite, got inf"),
+        (
+            ["--scale", "paper", "--study.arms", "[plain,noskip-plain]"],
+            "arm noskip-plain: model.skip must be true for a timm model, got False",
+        ),
         (["--study.worker", "2"], "unknown key 'study.worker'; did you mean 'study.workers'"),
     ],
 )

@@ -42,6 +42,12 @@ def test_matrices_decay_and_vectors_position_and_tokens_do_not() -> None:
     assert {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight"} <= set(groups["decayed"])
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1.0])
+def test_a_learning_rate_multiple_that_cannot_be_is_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match=f"scale_lr_mult must be finite and at least 0, got {wrong}"):
+        param_groups(nets.build("plain"), 1e-3, 0.05, scale_lr_mult=wrong)
+
+
 def test_frozen_scales_are_left_out() -> None:
     model = nets.build("plain")
     apply_attnscale(model, init=1.0)

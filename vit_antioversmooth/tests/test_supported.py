@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -199,6 +200,16 @@ def test_an_attention_that_the_scales_do_not_fit_is_refused_by_name(model, kind,
 def test_a_network_without_attention_is_refused_with_what_it_has() -> None:
     with pytest.raises(ValueError, match="must have a supported attention module, got only Conv2d, Sequential"):
         apply_attnscale(nn.Sequential(nn.Conv2d(3, 4, 3)))
+
+
+@pytest.mark.parametrize("apply", [apply_attnscale, apply_featscale])
+def test_layers_that_are_no_sequence_of_integers_are_refused_and_numpys_integers_are_not(apply) -> None:
+    model = nets.build("plain")
+    for wrong, told in ((2, "2"), ("12", "'12'"), ([0.5], r"\[0\.5\]")):
+        with pytest.raises(TypeError, match=f"layers must be a sequence of integers or None, got {told}"):
+            apply(model, layers=wrong)
+    assert scale_parameters(model) == []
+    assert apply(model, layers=np.arange(1, 3)) == ["blocks.1.attn", "blocks.2.attn"]
 
 
 @pytest.mark.parametrize("apply", [apply_attnscale, apply_featscale])

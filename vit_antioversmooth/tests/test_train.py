@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from common.augment import mix
 from common.config import UserError, parse
+from common.data import batches
 from common.data import load as load_data
-from common.runs import load_checkpoint, read_json, seed_everything
+from common.runs import generator, load_checkpoint, read_json, seed_everything
 from common.tests import children
 from common.tests.paper_checks import (
     check_eval_refuses,
@@ -27,6 +31,9 @@ from common.tests.paper_checks import (
 )
 from vit_antioversmooth import eval as evaluation
 from vit_antioversmooth import train as training
+from vit_antioversmooth.attnscale import apply_attnscale
+from vit_antioversmooth.featscale import apply_featscale
+from vit_antioversmooth.scales import scale_parameters
 from vit_antioversmooth.settings import Config
 from vit_antioversmooth.tests import nets
 from vit_antioversmooth.train import network, train
@@ -79,6 +86,51 @@ def test_a_second_run_of_the_same_configuration_is_the_same(finished: Path, tmp_
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
     train(config("--scales.method", "both", "--seed", 1), tmp_path / "other", quiet)
     assert losses(tmp_path / "other") != losses(finished)
+
+
+def test_a_run_takes_the_steps_of_its_configuration_worked_out_here(tmp_path: Path) -> None:
+    options = {"weight_decay": 3, "clip": 0.3, "smoothing": 0.4, "roll": 5, "lr": 0.004}
+    there = config("--scales.method", "both", *(part for key in options for part in (f"--train.{key}", options[key])))
+    train(there, tmp_path / "run", quiet)
+    data = load_data(there.data).train
+    seed_everything(there.seed)
+    model = network(there, data).train()
+    scales = {id(parameter) for parameter in scale_parameters(model)}
+    groups: dict[str, list[nn.Parameter]] = {"scales": [], "matrices": [], "others": []}
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        groups["scales" if id(parameter) in scales else "matrices" if matrix else "others"].append(parameter)
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups.values()], weight_decay=0)
+    optimizer.param_groups[1]["weight_decay"] = 3
+    stream = batches(data, 40, there.data, seed=there.seed)
+    for step in range(STEPS):  # two epochs of five, half an epoch of warm-up
+        images, labels = next(stream)
+        shifts = torch.randint(-5, 6, (2, 40), generator=generator(there.seed, 1, step)).T.tolist()
+        rolled = torch.stack([image.roll(shift, (1, 2)) for image, shift in zip(images, shifts, strict=True)])
+        loss = F.cross_entropy(model((rolled / 255 - 0.1307) / 0.3081), labels, label_smoothing=0.4)
+        optimizer.zero_grad()
+        loss.backward()
+        size = torch.stack([p.grad.square().sum() for p in model.parameters() if p.grad is not None]).sum().sqrt()
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= min(1.0, 0.3 / size.item())
+        rise = (step + 1) / 2.5 if step < 2.5 else (1 + math.cos(math.pi * (step - 2.5) / 7.5)) / 2
+        for group, factor in zip(optimizer.param_groups, (30, 1, 1), strict=True):
+            group["lr"] = 0.004 * min(rise, 1.0) * factor
+        optimizer.step()
+    saved = load_checkpoint(tmp_path / "run" / "model.pt")["model"]
+    for key, value in model.state_dict().items():
+        assert torch.allclose(saved[key], value, rtol=1e-3, atol=1e-4), key
+
+
+def test_without_skip_nothing_of_a_blocks_input_passes_its_attention_by() -> None:
+    there = config("--model.skip", False)
+    model = network(there, load_data(there.data).train).eval()
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    assert len(model.blocks) == 3
+    for block in model.blocks:
+        y = block.attn(block.norm1(x))
+        assert torch.equal(block(x), y + block.mlp(block.norm2(y)))
 
 
 def test_every_weight_and_every_scale_is_trained(finished: Path) -> None:
@@ -260,6 +312,33 @@ def test_measures_are_kept_and_read_again(finished: Path, tmp_path: Path) -> Non
     assert "violations" not in metrics
     (run / "model.pt").unlink()
     assert evaluation.evaluate(run) == metrics
+
+
+def test_the_test_accuracy_is_that_of_all_test_images_and_of_no_others(finished: Path, tmp_path: Path) -> None:
+    there = config("--scales.method", "both")
+    splits, model = load_data(there.data), network(there, load_data(there.data).train).eval()
+    model.load_state_dict(load_checkpoint(finished / "model.pt")["model"])
+    right = {}
+    for name, part in (("train", splits.train), ("test", splits.test)):
+        with torch.no_grad():
+            answers = model((part.images / 255 - 0.1307) / 0.3081).argmax(1)
+        right[name] = 100 * (answers == part.labels).double().mean().item()
+    assert len(splits.test) == 1000 and abs(right["train"] - right["test"]) > 0.2
+    assert evaluation.evaluate(copied(finished, tmp_path / "run"))["test_accuracy"] == pytest.approx(right["test"])
+
+
+def test_learnt_scales_are_told_by_layer_each_under_its_own_name() -> None:
+    model = nets.build("plain")
+    apply_attnscale(model)
+    apply_featscale(model)
+    with torch.no_grad():
+        for layer, block in enumerate(model.blocks):
+            block.attn.attnscale.omega.copy_(layer + torch.tensor([0.25, 0.5, 0.75]))
+            block.featscale.s.copy_(torch.linspace(0, 2 * layer, 24))
+            block.featscale.t.copy_(torch.linspace(10, 20 + 2 * layer, 24))
+    told = evaluation.learnt_scales(model)
+    assert told["omega"] == [[0.25, 0.5, 0.75], [1.25, 1.5, 1.75], [2.25, 2.5, 2.75]]
+    assert told["s"] == pytest.approx([0, 1, 2], abs=1e-5) and told["t"] == pytest.approx([15, 16, 17], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
