@@ -66,9 +66,10 @@ class OptionABlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, ins, height, width) -> (batch, outs, height / stride, width / stride)."""
-        # In place: no backward pass reads the outputs of a batch norm or of the sum.
+        # In place: no backward pass reads the outputs of a batch norm or of the sum. Pooling pixels one by one gives
+        # x[..., ::2, ::2] with a gradient that stays channels-last, as pooling the whole map does at the end.
         out = self.bn2(self.conv2(F.relu_(self.bn1(self.conv1(x)))))
-        out += F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad)) if self.pad else x
+        out += F.pad(F.avg_pool2d(x, 1, 2), (0, 0, 0, 0, self.pad, self.pad)) if self.pad else x
         return F.relu_(out)
 
 
@@ -93,7 +94,8 @@ class ResNetS(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, classes)."""
-        return self.fc(self.layers(F.relu_(self.bn1(self.conv1(x)))).mean((2, 3)))  # type: ignore[no-any-return]
+        out = self.layers(F.relu_(self.bn1(self.conv1(x))))
+        return self.fc(F.avg_pool2d(out, out.shape[2:]).flatten(1))  # type: ignore[no-any-return]
 
 
 def _large(name: str, classes: int, imagenet: bool) -> nn.Module:

@@ -88,3 +88,30 @@ def test_networks_that_cannot_be_are_refused() -> None:
         build_model("resnet9000", 3, 10)
     with pytest.raises(ValueError, match="name resnet18 must have images of 3 channels, got 1"):
         build_model("resnet18", 1, 10)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_every_gradient_of_a_resnet_keeps_the_layout_of_its_activation(
+    amp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient of another layout makes the ReLU's backward pass 25 times as slow."""
+    net, seen = build_model("resnet20s", 3, 10, MEAN, STD).to(memory_format=torch.channels_last), []
+    relu = F.relu_
+
+    def watched(x: Tensor) -> Tensor:
+        out = relu(x)
+        out.register_hook(lambda grad: seen.append(grad.is_contiguous(memory_format=torch.channels_last)))
+        return out
+
+    monkeypatch.setattr(F, "relu_", watched)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        logits = net(torch.rand(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    logits.float().square().sum().backward()
+    assert seen == [True] * 19
+
+
+def test_the_shortcut_takes_every_second_pixel() -> None:
+    block = OptionABlock(4, 8, 2).eval()
+    block.bn2.weight.data.zero_()
+    x = torch.rand(2, 4, 8, 8)
+    assert torch.equal(block(x), F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)))
