@@ -50,7 +50,8 @@ class TinyCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, classes)."""
-        return self.fc(self.features(x).mean((2, 3)))  # type: ignore[no-any-return]
+        out = self.features(x)
+        return self.fc(F.avg_pool2d(out, out.shape[2:]).flatten(1))  # type: ignore[no-any-return]
 
 
 class OptionABlock(nn.Module):
@@ -133,7 +134,8 @@ class VGG16(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, classes)."""
-        return self.classifier(self.features(x).mean((2, 3)))  # type: ignore[no-any-return]
+        out = self.features(x)
+        return self.classifier(F.avg_pool2d(out, out.shape[2:]).flatten(1))  # type: ignore[no-any-return]
 
 
 def build_model(

@@ -71,6 +71,16 @@ class ChoiceRule:
         """See `Rule`."""
         return {**state, **self.pool.advance(state, grad), "time": state["time"] + 1}
 
+    @property
+    def largest_update(self) -> float:
+        """What no update exceeds, for gradients below 1e18 and their state; inf where that is not known.
+
+        A member's is at most 1e18 times its rate, times 1e10 for the smallest root of an epsilon and 1e3 for decays and
+        signs; and up to e^4 of a multiplier.
+        """
+        tame = all(t.lr <= 1e3 and t.epsilon >= 1e-20 for t in self.pool.teachers) and self.multiplier <= 4
+        return 1e36 if tame else float("inf")
+
     def step(
         self, weights: Weights, state: State, grad: Tensor, context: Context | None = None
     ) -> tuple[Tensor, State]:

@@ -104,6 +104,11 @@ class OriginalRule:
         """See `Rule`; it keeps no averages, so the state is as before."""
         return state
 
+    @property
+    def largest_update(self) -> float:
+        """What no update exceeds: 20 hidden values of at most 1 and a bias, weights of at most 1e6."""
+        return self.alpha * 21e6
+
     def step(
         self, weights: Weights, state: State, grad: Tensor, context: Context | None = None
     ) -> tuple[Tensor, State]:
