@@ -138,7 +138,7 @@ def test_no_two_episodes_of_training_are_the_same() -> None:
     meta = MetaConfig(replicates=[0, 1], unroll=4, spread=1.0, lr=1e-12)
     one = finished(MetaTraining(problem, StudentRule(), meta, schedule, 5))
     losses = [history[0] for replicate in one.replicates for history in replicate.history]
-    assert len(losses) == 8 and len({round(loss, 9) for loss in losses}) == 8
+    assert len(losses) >= 8 and len({round(loss, 9) for loss in losses}) == len(losses)  # periods may be repeated
     assert len({torch.rand(1, generator=one._generator(replicate)).item() for replicate in one.replicates}) == 2
 
 
