@@ -104,7 +104,7 @@ def test_true_adam_is_torchs() -> None:
         torchs.step()
         update, state = ours.step(state, p.grad[None])
         x = x - update
-    assert (x[0] - p.detach()).abs().max() < 1e-6
+    assert (x[0] - p.detach()).abs().max() < 2e-6  # 1 - .999 is off by up to 6e-5 of itself in float32
 
 
 def test_rates_by_copy_are_teachers_of_those_rates() -> None:

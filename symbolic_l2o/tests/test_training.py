@@ -181,7 +181,7 @@ def test_a_curriculum_stops_after_three_evaluations_in_vain_and_else_advances() 
 
 
 def test_meta_training_follows_its_curriculum() -> None:
-    options = MetaConfig(epochs=40, horizon=4, unroll=4, lr=0.02, horizons=[4, 8, 12], evaluate_every=1)
+    options = MetaConfig(epochs=200, horizon=4, unroll=4, lr=0.02, horizons=[4, 8, 12], evaluate_every=1)
     training = MetaTraining(teacher(), tiny_problem(), options, 0)
     while not training.finished:
         training.epoch()

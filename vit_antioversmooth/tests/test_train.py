@@ -88,6 +88,12 @@ def test_a_second_run_of_the_same_configuration_is_the_same(finished: Path, tmp_
     assert losses(tmp_path / "other") != losses(finished)
 
 
+def nearly_equal(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Weights equal up to rounding, of which AdamW makes steps as large as any where a gradient is near 0."""
+    apart = (one - two).abs()
+    return bool(apart.mean() < 3e-5 and apart.max() < 1e-3)
+
+
 def test_a_run_takes_the_steps_of_its_configuration_worked_out_here(tmp_path: Path) -> None:
     options = {"weight_decay": 3, "clip": 0.3, "smoothing": 0.4, "roll": 5, "lr": 0.004}
     there = config("--scales.method", "both", *(part for key in options for part in (f"--train.{key}", options[key])))
@@ -120,8 +126,7 @@ def test_a_run_takes_the_steps_of_its_configuration_worked_out_here(tmp_path: Pa
         optimizer.step()
     saved = load_checkpoint(tmp_path / "run" / "model.pt")["model"]
     for key, value in model.state_dict().items():
-        apart = (saved[key] - value).abs()  # AdamW makes steps of .004 of what rounding leaves of gradients near 0
-        assert apart.mean() < 3e-5 and apart.max() < 1e-3, key
+        assert nearly_equal(saved[key], value), key
 
 
 def test_without_skip_nothing_of_a_blocks_input_passes_its_attention_by() -> None:
@@ -194,7 +199,7 @@ def test_two_processes_train_the_network_of_one_at_the_same_global_batch(tmp_pat
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     one, two = (load_checkpoint(tmp_path / name / "model.pt")["model"] for name in ("one", "two"))
-    assert all(torch.allclose(one[key], two[key], atol=1e-4) for key in one)
+    assert all(nearly_equal(one[key], two[key]) for key in one)
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path: Path) -> None:
