@@ -110,7 +110,10 @@ def test_sharded_weights_move_as_whole_ones(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for name, rule in two_ranks.rules().items():
         for form, options in two_ranks.FORMS.items():
-            found, whole = torch.load(tmp_path / f"{name}-{form}.pt"), two_ranks.trained(rule, False, **options)
+            found, whole = (
+                torch.load(tmp_path / f"{name}-{form}.pt", weights_only=True),
+                two_ranks.trained(rule, False, **options),
+            )
             assert close(list(found.values()), list(whole.values()), 1e-5), (name, form)
             torch.manual_seed(0)
             assert not torch.allclose(whole["0.weight"], nn.Linear(4, 5).weight, atol=1e-3)
