@@ -88,6 +88,8 @@ class TrainConfig:
     """every later round starts from the weights after this epoch of round 0, its schedule as far advanced"""
     amp: bool = False
     """bfloat16 autocast of the network in training; losses, masks and all that is measured are in float32"""
+    channels_last: bool = False
+    """memory layout in training; rounds otherwise"""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):

@@ -1,7 +1,7 @@
 """A study: cells (settings and a seed) run side by side into rows; killed at any moment, it goes on where it was.
 
-Every cell works in its own process with one thread, so its numbers do not depend on how many run beside it. A cell's
-folder is named after its settings: a finished one is found again, a changed one starts afresh.
+Every cell works in its own process with a fixed number of threads, so its numbers do not depend on how many run beside
+it. A cell's folder is named after its settings: a finished one is found again, a changed one starts afresh.
 """
 
 import contextlib
@@ -41,7 +41,9 @@ class StudyConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """fixed before the measured run"""
     workers: int = 2
-    """cells at a time, one thread each"""
+    """cells at a time"""
+    threads: int = 1
+    """of each cell; bit for bit its numbers are those of this number of threads"""
     backend: Literal["local", "ray"] = "local"
     """ray: on the cluster of RAY_ADDRESS, or a local one; runs must then lie on a shared disk"""
     runs: str = "runs"
@@ -54,6 +56,7 @@ class StudyConfig:
         require(len(set(self.seeds)) == len(self.seeds), "study.seeds", self.seeds, "without repetition")
         require(min(self.seeds) >= 0, "study.seeds", self.seeds, "at least 0 each")
         require(self.workers >= 1, "study.workers", self.workers, "at least 1")
+        require(self.threads >= 1, "study.threads", self.threads, "at least 1")
 
 
 class Studied(Protocol):
@@ -129,7 +132,7 @@ def run_study(
             cell yields several rows, more settings under "cell". It resumes what it finds in its folder.
         folder: of the cells.
         identity: all else the rows depend on (the configuration as text); with another identity a cell is another cell.
-        config: workers and backend.
+        config: workers, threads and backend.
     """
     digests = [hashlib.sha256(f"{cell}\n{identity}".encode()).hexdigest()[:8] for cell in cells]
     homes = [folder / f"{cell.name}-{digest}" for cell, digest in zip(cells, digests, strict=True)]
@@ -162,7 +165,7 @@ def _work_off(
     known = len(cells) - len(todo)
     with tqdm(total=len(cells), initial=known, desc="cells", mininterval=1, smoothing=0.05, bar_format=look) as bar:
         try:
-            for finished in backend(todo, run_cell, config.workers):
+            for finished in backend(todo, run_cell, config.workers, config.threads):
                 bar.update(known + finished - bar.n)
                 seconds = before + time.monotonic() - started
                 write_json(clock, seconds)
@@ -180,9 +183,9 @@ def _log_of(home: Path) -> Path:
     return home.with_name(home.name + ".log")
 
 
-def _work(run_cell: RunCell, cell: Cell, home: Path, progress: Progress) -> None:
+def _work(run_cell: RunCell, cell: Cell, home: Path, threads: int, progress: Progress) -> None:
     """Run one cell with its output in <home>.log; its rows appear, whole, in <home>.rows.json."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     keep_freed_memory()
     with (
         open(_log_of(home), "a", buffering=1) as log,
@@ -200,7 +203,7 @@ def _work(run_cell: RunCell, cell: Cell, home: Path, progress: Progress) -> None
             traceback.print_exc()
 
 
-def _child(run_cell: RunCell, cell: Cell, home: Path, pipe: Connection, gpu: str | None) -> None:
+def _child(run_cell: RunCell, cell: Cell, home: Path, threads: int, pipe: Connection, gpu: str | None) -> None:
     os.setpgrp()  # the terminal's Ctrl-C reaches the parent alone, which passes it on once
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -212,7 +215,7 @@ def _child(run_cell: RunCell, cell: Cell, home: Path, pipe: Connection, gpu: str
 
     threading.Thread(target=end_with_the_parent, daemon=True).start()
     try:
-        _work(run_cell, cell, home, pipe.send)
+        _work(run_cell, cell, home, threads, pipe.send)
     except OSError as error:  # of the log: no space for it, no permission
         print(f"\nerror: {_log_of(home)}: {error.strerror}", file=sys.stderr)
 
@@ -225,9 +228,9 @@ class _Running:
     fraction: float = 0.0
 
 
-def _in_processes(todo: list[tuple[Cell, Path]], run_cell: RunCell, workers: int) -> Iterator[float]:
+def _in_processes(todo: list[tuple[Cell, Path]], run_cell: RunCell, workers: int, threads: int) -> Iterator[float]:
     """Run cells in `workers` processes at a time; yields how many are finished, fractions included."""
-    # One thread from the start on: a forked child must not inherit a pool of threads.
+    # One thread until a cell sets its own: a forked child must not inherit a pool of threads.
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     context = multiprocessing.get_context("forkserver")
     # Under python -m the study's module by its name: the imports of "__main__" would be done again by each cell.
@@ -242,7 +245,7 @@ def _in_processes(todo: list[tuple[Cell, Path]], run_cell: RunCell, workers: int
                 cell, home = waiting.pop()
                 pipe, child_end = context.Pipe()
                 gpu = min(gpus, key=[one.gpu for one in running.values()].count, default=None)
-                process = context.Process(target=_child, args=(run_cell, cell, home, child_end, gpu))
+                process = context.Process(target=_child, args=(run_cell, cell, home, threads, child_end, gpu))
                 process.start()
                 child_end.close()
                 running[pipe] = _Running(process, home, gpu)
@@ -267,18 +270,20 @@ def _in_processes(todo: list[tuple[Cell, Path]], run_cell: RunCell, workers: int
             one.process.join()
 
 
-def _on_ray(todo: list[tuple[Cell, Path]], run_cell: RunCell, workers: int) -> Iterator[float]:
+def _on_ray(todo: list[tuple[Cell, Path]], run_cell: RunCell, workers: int, threads: int) -> Iterator[float]:
     """The same on a Ray cluster (RAY_ADDRESS), as many as it has GPUs or CPUs, or on a local one of `workers` CPUs."""
     try:
         import ray
     except ImportError:
         raise UserError("study.backend ray needs the optional extra: pip install '.[ray]'") from None
-    local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+    local: dict[str, Any] = (
+        {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * threads, "include_dashboard": False}
+    )
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
     try:
         gpu = 1 if ray.cluster_resources().get("GPU") else 0
-        work = ray.remote(num_cpus=1, num_gpus=gpu, max_retries=0)(_work)
-        pending = [work.remote(run_cell, cell, home.resolve(), lambda fraction: None) for cell, home in todo]
+        work = ray.remote(num_cpus=threads, num_gpus=gpu, max_retries=0)(_work)
+        pending = [work.remote(run_cell, cell, home.resolve(), threads, lambda fraction: None) for cell, home in todo]
         while pending:
             _, pending = ray.wait(pending, timeout=1)
             yield len(todo) - len(pending)

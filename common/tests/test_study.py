@@ -154,7 +154,7 @@ def test_damaged_rows_are_refused_by_name(tmp_path: Path) -> None:
 def test_unfinished_cells_count_by_their_fraction(tmp_path: Path) -> None:
     todo = [(cell, tmp_path / cell.name) for cell in cells("wait", "a")]
     seen = []
-    for finished in study._in_processes(todo, do, workers=2):
+    for finished in study._in_processes(todo, do, workers=2, threads=1):
         seen.append(finished)
         if finished == 1.25:
             (tmp_path / "go").touch()
@@ -212,24 +212,25 @@ def test_what_a_cell_says_goes_to_its_log(
     deed: str, word: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
-    study._work(do, cells(deed)[0], tmp_path / "cell", lambda fraction: None)
+    study._work(do, cells(deed)[0], tmp_path / "cell", 1, lambda fraction: None)
     torch.set_num_threads(threads)
     assert last_line(tmp_path / "cell.log") == word
     assert (tmp_path / "cell.rows.json").exists() == (deed == "a")
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_work_of_a_cell_is_done_by_one_thread_and_keeps_its_memory_wherever_it_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_work_of_a_cell_is_done_by_its_number_of_threads_and_keeps_its_memory_wherever_it_runs(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[bool] = []
     monkeypatch.setattr(study, "keep_freed_memory", lambda: kept.append(True))
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    study._work(do, cells("a")[0], tmp_path / "cell", lambda fraction: None)
+    torch.set_num_threads(3 - number)
+    study._work(do, cells("a")[0], tmp_path / "cell", number, lambda fraction: None)
     torch.set_num_threads(threads)
     assert kept
-    assert read_json(tmp_path / "cell.rows.json")[0]["metrics"]["threads"] == 1
+    assert read_json(tmp_path / "cell.rows.json")[0]["metrics"]["threads"] == number
 
 
 def test_what_a_study_imports_is_imported_once_for_all_its_cells(
