@@ -59,8 +59,8 @@ class Chain:
 
     def __init__(self, config: Config, data: ImageSet, model: nn.Module) -> None:
         self.config, self.data, self.model = config, data, model
-        self.layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        model.to(memory_format=self.layout)  # type: ignore[call-overload]
+        if config.train.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.per_epoch = steps_per_epoch(data, config.train.batch_size)
         rounds = config.prune.rounds if config.task == "chain" else 1
         lengths = [config.train.length(number) * self.per_epoch for number in range(rounds)]
@@ -155,8 +155,7 @@ class Chain:
         """Training batches on the model's device from `step` on: inputs and labels."""
         device, config = next(self.model.parameters()).device, self.config
         for images, labels in batches(self.data, config.train.batch_size, config.data, seed=config.seed, step=step):
-            x = config.model.normalize(pixels(images.to(device)))
-            yield x.contiguous(memory_format=self.layout), labels.to(device)
+            yield config.model.normalize(pixels(images.to(device))), labels.to(device)
 
     def fit(self, run: Run, masks: Masks, number: int) -> dict[str, Tensor] | None:
         """Train one round under its masks; returns, of round 0, the state to rewind to."""

@@ -80,6 +80,26 @@ def test_training_under_autocast_is_nearly_that_in_float32(chain: Path, tmp_path
     assert losses(tmp_path)[0] == pytest.approx(losses(chain)[0], rel=0.05)
 
 
+def test_training_channels_last_is_training_up_to_rounding(
+    chain: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    layouts: list[bool] = []
+    step = torch.optim.SGD.step
+
+    def spy(self: Any, *rest: Any) -> Any:
+        convolutions = [p for p in self.param_groups[0]["params"] if p.dim() == 4 and p.shape[2] > 1 < p.shape[1]]
+        for tensor in (*convolutions, *(p.grad for p in convolutions)):
+            layouts.append(tensor.is_contiguous(memory_format=torch.channels_last))
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    train(config("--train.channels_last", "true"), tmp_path, quiet)
+    assert layouts and all(layouts)
+    model = network(config(), victim(config()).train, CPU)
+    assert [read_round(tmp_path, number, model)[1].kept for number in range(3)] == KEPT[1:]
+    assert losses(tmp_path)[0] == pytest.approx(losses(chain)[0], rel=1e-3)
+
+
 def test_later_rounds_start_from_the_early_epoch_of_round_0(
     chain: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
