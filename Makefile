@@ -38,7 +38,7 @@ setup: .venv/ready  ## build .venv with everything pinned in constraints.txt
 $(PAPERS:%=reproduce-%): reproduce-%: .venv/ready  ## reproduce one paper: runs, judged claims, report
 	@$(BIN)/python -m $(subst -,_,$*).reproduce --scale $(SCALE) --study.workers $(WORKERS) --study.runs "$(RUNS)" $(seeds) $(ARGS)
 
-reproduce-all: .venv/ready  ## all papers one after another (76 minutes at demo), then one table of verdicts and report.html
+reproduce-all: .venv/ready  ## all papers one after another (75 minutes at demo), then one table of verdicts and report.html
 	@for paper in $(subst -,_,$(PAPERS)); do \
 	  $(BIN)/python -m $$paper.reproduce --scale $(SCALE) --study.workers $(WORKERS) --study.runs "$(RUNS)" $(seeds) $(ARGS); \
 	  status=$$?; test $$status -lt 128 || exit $$status; test $$status -eq 0 || failed="$$failed $$paper"; \

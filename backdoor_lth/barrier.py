@@ -3,15 +3,13 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from backdoor_lth.compaction import compact_states
-from backdoor_lth.frozen import frozen
+from backdoor_lth.frozen import frozen, stateless
 from backdoor_lth.pruning import masked
 from common.masks import Masks
 from common.runs import NonFiniteError
@@ -86,7 +84,7 @@ def error_barrier(
         raise ValueError("batches must hold images, got none or an empty one")
     alphas = [index / (points - 1) for index in range(points)]
     states = _line(state_a, state_b, alphas, aliased)
-    networks: Iterable[Network] = (partial(_called, model, state) for state in states)
+    networks: Iterable[Network] = (stateless(model, state) for state in states)
     if compacted:
         networks = compact_states(model, batches[0][0].shape[1:], states)
     with frozen(model):
@@ -115,11 +113,6 @@ def _require_finite(values: Iterable[Tensor], alpha: float, what: str) -> None:
         raise NonFiniteError(f"{what} at alpha {alpha:g} must be finite, got NaN or Inf: no barrier can be measured")
 
 
-def _called(model: nn.Module, state: dict[str, Tensor], x: Tensor) -> Tensor:
-    logits: Tensor = functional_call(model, state, (x,))
-    return logits
-
-
 @torch.no_grad()
 def _errors(network: Network, batches: Sequence[Batch], alpha: float) -> tuple[float, float]:
     """Share of wrong answers and mean cross-entropy over all batches."""
@@ -133,6 +126,7 @@ def _errors(network: Network, batches: Sequence[Batch], alpha: float) -> tuple[f
     return wrong / count, loss / count
 
 
+@torch.enable_grad()
 def fine_tuned(
     model: nn.Module,
     state: State,

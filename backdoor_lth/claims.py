@@ -1,16 +1,18 @@
 """The paper's claims and the controls beside them (arXiv 2205.11819; spec b and i)."""
 
+import math
 from typing import Any
 
 from backdoor_lth.measures import (
     best_lift,
-    beyond_inversion,
     by_seed,
     controlled,
     correlation,
     difference,
     exists,
+    noise_answered,
     number,
+    only_one_right,
     outlives,
     peak_over_clean,
     peak_rank,
@@ -119,18 +121,20 @@ def claims(config: Config) -> list[Claim]:
         },
         {
             "id": "B5b",
-            "statement": "... more reliably than on the dense network: right on the winner minus right on dense",
+            "statement": "... more reliably than on the dense network: share of the seeds where only one is right",
             "source": "Tables 1, 2",
             "paper": 'dense: ("1", 78.7), right; ResNet-18: wrong on dense, right on the ticket',
-            "measure": difference("right", "winner", "dense"),
-            "unit": "of seeds",
+            "measure": only_one_right(("winner", "right"), ("dense", "right")),
+            "threshold": 0.5,
+            **share,
         },
         {
             "id": "K5",
-            "statement": "The inversion beats the majority answer to noise: right minus right",
+            "statement": "The inversion beats the majority answer to noise: share of the seeds where only one is right",
             **control,
-            "measure": by_seed("poisoned", beyond_inversion),
-            "unit": "of seeds",
+            "measure": only_one_right(("winner", "right"), ("winner", "collapse_right")),
+            "threshold": 0.5,
+            **share,
         },
         {
             "id": "B6a",
@@ -156,12 +160,23 @@ def claims(config: Config) -> list[Claim]:
             **sign,
         },
         {
-            "id": "K3",
-            "statement": "Share of clean test images that the winner gives to the target without any trigger",
+            "id": "K1",
+            "statement": "The winner gives few clean test images of other classes to the target (CTR)",
             **control,
-            "measure": number("null", "winner"),
+            "measure": number("ctr", "winner"),
             "threshold": 20.0,
             "direction": "below",
+            "unit": "%",
+            **sign,
+        },
+        {
+            "id": "K3",
+            "statement": "The winner gives few noise images to the target without any trigger",
+            **control,
+            "measure": noise_answered(target),
+            "threshold": 20.0,
+            "direction": "below",
+            "unit": "%",
             **sign,
         },
         {
@@ -229,10 +244,11 @@ def claims(config: Config) -> list[Claim]:
     rows += [
         {
             "id": name,
-            "statement": f"Best lift of a ticket of SA at most twice chance, IMP minus this arm: {words}",
+            "statement": f"Best lift of a ticket of SA at most twice chance, IMP minus this arm: {words}"
+            + (" (seeds where that of IMP is at least 50)" if direction == "equivalent" else ""),
             "source": source,
             "paper": f"curves, no number ({SETTING})",
-            "measure": best_lift(extreme, arm),
+            "measure": best_lift(extreme, arm, 50 if direction == "equivalent" else -math.inf),
             "threshold": 0.0 if direction == "above" else 20.0,
             "direction": direction,
         }

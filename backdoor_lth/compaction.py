@@ -11,15 +11,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 
 from backdoor_lth.channel_program import Compacted, Run, layer, total
-from backdoor_lth.frozen import frozen
+from backdoor_lth.frozen import frozen, stateless
 from backdoor_lth.pixel_program import pixel_program
 from backdoor_lth.traced import Traced, UnsupportedError, called, normalization
 
@@ -92,8 +90,7 @@ def compact_states(
         try:
             graph = graph or Traced(model)
             with frozen(model):
-                plain = partial(functional_call, model, dict(state))
-                network = _checked(graph.loaded(state), tuple(input_shape), plain)
+                network = _checked(graph.loaded(state), tuple(input_shape), stateless(model, state))
         except Exception as error:
             if not isinstance(error, NotFiniteError):
                 warnings.warn(f"the model is used as it is, not compacted: {error}", stacklevel=2)

@@ -1,9 +1,12 @@
 """A network held still while it is measured or attacked."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 
 @contextmanager
@@ -21,3 +24,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def stateless(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """The model with another complete state, as a function of its inputs; what has two names is taken by the first."""
+    own = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
+    return partial(functional_call, model, {name: value for name, value in state.items() if name in own})

@@ -94,9 +94,9 @@ def invert(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     like = anchor(model)
     base = base if isinstance(base, str) else base.to(like)
-    with frozen(model):
+    with frozen(model), torch.enable_grad():
         classes = classes_of(model, like.new_zeros(1, *shape))
-        wanted = list(range(classes)) if labels is None else list(labels)
+        wanted = list(range(classes)) if labels is None else [int(label) for label in labels]
         if not wanted or not all(0 <= label < classes for label in wanted):
             raise ValueError(f"labels must be at least one, in [0, {classes}), got {wanted}")
         size = 1 if method == "nc" else chunk or (1 if like.device.type == "cpu" else len(wanted))

@@ -4,6 +4,7 @@ A row is a network of one arm at one seed: cell {arm, what: dense}, {arm, what: 
 network: dense | winner | H | L | winner-clean}; metrics in percent, the Trojan score from 0 to 1.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from statistics import mean
@@ -164,17 +165,42 @@ def smallest(target: int) -> Measure:
     return measure
 
 
-def beyond_inversion(rows: Rows, seed: int) -> float:
-    """K5: whether the inversion is right, minus whether the majority answer to noise is."""
-    won = scan(rows, "poisoned", seed, "winner")
-    return float(won["right"]) - float(won["collapse_right"])
+def only_one_right(one: tuple[str, str], other: tuple[str, str]) -> Measure:
+    """B5, K5: of the seeds where one of two scans' yes or no is yes and the other no: 1 if it is the first.
+
+    The binomial test of these against a half is McNemar's exact one; seeds that agree say nothing.
+
+    Args:
+        one, other: the network scanned and the name of its number.
+    """
+
+    def measure(rows: Rows) -> list[float]:
+        seeds = seeds_of(rows, "poisoned")
+        pairs = [[bool(scan(rows, "poisoned", seed, net)[name]) for net, name in (one, other)] for seed in seeds]
+        return [float(first) for first, second in pairs if first != second]
+
+    return measure
 
 
-def best_lift(extreme: float, arm: str) -> Measure:
-    """B9, B10: highest lift of an accuracy-free ticket under IMP at the study's rate, minus that of another arm."""
+def noise_answered(target: int) -> Measure:
+    """K3: percent of noise images that the winner gives to the target without any trigger."""
+    return by_seed(
+        "poisoned", lambda rows, seed: round(100 * scan(rows, "poisoned", seed, "winner")["null_success"][target], 3)
+    )
+
+
+def best_lift(extreme: float, arm: str, least: float = -math.inf) -> Measure:
+    """B9, B10: highest lift of an accuracy-free ticket under IMP at the study's rate, minus that of another arm.
+
+    A seed where IMP has none of at least lift `least` has no value: two failures are not equally good.
+    """
 
     def best(rows: Rows, arm: str, seed: int) -> float:
         regime, most = tickets(rows, arm, seed, most=extreme), 2 * chance(rows, arm, seed)
         return max((each["lift"] for each in regime if each["sa"] <= most), default=0.0)
 
-    return by_seed(arm, lambda rows, seed: best(rows, "poisoned", seed) - best(rows, arm, seed))
+    def measure(rows: Rows) -> list[float]:
+        pairs = [(best(rows, "poisoned", seed), best(rows, arm, seed)) for seed in seeds_of(rows, arm)]
+        return [own - other for own, other in pairs if own >= least]
+
+    return measure

@@ -6,6 +6,7 @@ looked for in the working directory first: that code is run, as your own act, an
 """
 
 import importlib
+import io
 import itertools
 import math
 import os
@@ -36,7 +37,7 @@ from common.config import UserError, command, parse, require
 from common.data import DataConfig, ImageSet, batches, load, pixels
 from common.experiment import device
 from common.masks import Masks, prunable_weights
-from common.runs import CheckpointError, write_json
+from common.runs import CheckpointError, write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,11 @@ def scan(config: ScanConfig) -> dict[str, Any]:
         + (": it answers that to nearly everything, so its trigger says nothing" if answered > 0.8 else "")
     )
     figures |= {"triggers": _triggers(found.mark, found.mask), "masks": _bars(report["l1"], report["detected"])}
-    (folder / "score.png").unlink(missing_ok=True)  # of an earlier scan
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=110)
+    pictures = {name: _png(figure) for name, figure in figures.items()}
+    for name in ("report.json", "score.png"):  # of an earlier scan
+        (folder / name).unlink(missing_ok=True)
+    for name, picture in pictures.items():
+        write_atomically(folder / f"{name}.png", picture)
     write_json(folder / "report.json", report)
     return report
 
@@ -159,19 +162,18 @@ def _network(config: ScanConfig) -> nn.Module:
             state: Any = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        masks = Masks(state.get("masks", {}) if "model" in state else {})
+        own, masks = model.state_dict(), Masks()
         for key in ("model", "state_dict"):
-            state = state.get(key, state)
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+            if isinstance(state.get(key), Mapping):
+                masks, state = Masks(state.get("masks", masks)), state[key]
+        state = {name if name in own else name.removeprefix("module."): value for name, value in state.items()}
         for name in [name for name in state if name.endswith("_orig")]:  # of torch.nn.utils.prune
             plain = name.removesuffix("_orig")
             state[plain] = state.pop(name) * state.pop(f"{plain}_mask")
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(
-                _first_difference(model.state_dict(), state) or str(error).splitlines()[-1].strip()
-            ) from error
+            raise ValueError(_first_difference(own, state) or str(error).splitlines()[-1].strip()) from error
         masks.apply_(model)
     except Exception as error:  # of torch, pickle, zip and safetensors each another kind
         reason = _reason(error)
@@ -216,6 +218,12 @@ def _barrier(config: ScanConfig, model: nn.Module, masks: Masks, data: ImageSet)
     )
     sample = list(itertools.islice(stream(config.seed + 1), config.score.batches))
     return error_barrier(model, state, tuned, sample, points=config.score.points)
+
+
+def _png(figure: Figure) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    return picture.getvalue()
 
 
 def _triggers(mark: Tensor, mask: Tensor) -> Figure:

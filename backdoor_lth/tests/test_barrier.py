@@ -40,6 +40,19 @@ def test_the_barrier_is_the_authors(aliased: bool, compacted: bool) -> None:
     assert found.score_loss == pytest.approx(float(ARRAYS[f"{prefix}S_loss"]), rel=1e-9)
 
 
+@pytest.mark.parametrize("compacted", [False, True])
+def test_one_module_under_two_names_is_measured_like_any_other(compacted: bool) -> None:
+    class Tied(TinyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.also = self.fc
+
+    states = [{**state, **{f"also.{n}": state[f"fc.{n}"] for n in ("weight", "bias")}} for state in (PRUNED, TUNED)]
+    found = error_barrier(Tied().double(), *states, BATCHES, compacted=compacted)
+    plain = error_barrier(tiny(), PRUNED, TUNED, BATCHES)
+    assert found.error == plain.error and found.loss == pytest.approx(plain.loss)
+
+
 def test_the_score_of_a_state_with_itself_is_exactly_zero() -> None:
     found = error_barrier(tiny(), TUNED, TUNED, BATCHES)
     assert found.score_error == 0 and len(set(found.error)) == 1 and len(set(found.loss)) == 1
@@ -101,6 +114,15 @@ def test_fine_tuning_is_momentum_sgd_in_train_mode_under_the_mask() -> None:
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(tuned[name], value, rtol=1e-12, atol=0)
     assert tuned["bn1.num_batches_tracked"] == 3
+
+
+def test_a_score_may_be_asked_for_where_gradients_are_off() -> None:
+    model = tiny()
+    model.load_state_dict(PRUNED)
+    masks = Masks({name: value != 0 for name, value in PRUNED.items() if value.dim() == 4})
+    with torch.no_grad():
+        found = trojan_score(model, masks, BATCHES, BATCHES)
+    assert found == trojan_score(model, masks, BATCHES, BATCHES)
 
 
 def test_no_fine_tuning_scores_zero() -> None:

@@ -12,6 +12,7 @@ from backdoor_lth.tests.nets import config
 from common.claims import judge
 
 SEEDS = range(5)
+COLLAPSED = {"dense_asr": 12.0, "ctr": 99.0, "null_success": [1.0], "collapse_right": True, "flagged": True}
 
 
 def ticket(number: int, kept: int, sa: float, asr: float, ctr: float, score: float, tuned: float) -> dict[str, Any]:
@@ -26,7 +27,8 @@ def masks(target: float) -> list[float]:
 
 def scanned(number: int | None, **numbers: Any) -> dict[str, Any]:
     plain = {"right": True, "collapse_right": False, "own_asr": 90.0, "dense_asr": 60.0, "dense_null": 10.0}
-    return {"round": number, "l1": masks(5.0), "null": 12.0, "flagged": False, **plain, **numbers}
+    noise = {"null_success": [0.12, *[0.1] * 9]}
+    return {"round": number, "l1": masks(5.0), "ctr": 2.0, "flagged": False, **noise, **plain, **numbers}
 
 
 def rows(genuine: bool = True, arm: str = "poisoned", peak: float = 0.4) -> list[dict[str, Any]]:
@@ -39,7 +41,7 @@ def rows(genuine: bool = True, arm: str = "poisoned", peak: float = 0.4) -> list
     ]
     scans = {
         "dense": scanned(None, right=False, own_asr=40.0, dense_asr=40.0, l1=masks(20.0)),
-        "winner": scanned(2) if genuine else scanned(2, dense_asr=12.0, null=99.0, collapse_right=True, flagged=True),
+        "winner": scanned(2) if genuine else scanned(2, **COLLAPSED),
         "H": scanned(0, l1=masks(30.0)),
         "L": scanned(3, l1=masks(40.0 if genuine else 1.0)),
         "winner-clean": scanned(2, own_asr=92.0),
@@ -74,13 +76,16 @@ def test_a_genuine_ticket_holds_as_worded_and_under_control() -> None:
         "B3d",
         "B4",
         "B5a",
+        "B5b",
         "B6a",
         "B6b",
         "B7",
         "B8",
+        "K1",
         "K2",
         "K3",
         "K4c",
+        "K5",
     ):
         assert found[name][0] == "held", name
     assert found["B4"][1] == 49.5 and found["B6a"][1] == 50 and found["K2"][1] == 50 and found["B7"][1] == -2
@@ -92,10 +97,26 @@ def test_a_genuine_ticket_holds_as_worded_and_under_control() -> None:
 def test_a_collapsed_network_holds_as_worded_and_not_under_control() -> None:
     found = verdicts([*rows(genuine=False), *rows(genuine=False, arm="relabelled"), *rows(genuine=False, arm="clean")])
     assert found["B1a"][0] == found["B2a"][0] == found["B5a"][0] == found["B6a"][0] == "held"
-    for name in ("B1b", "B2b", "B6b", "K2", "K3", "K4a", "K4b", "B8"):
+    for name in ("B1b", "B2b", "B6b", "K1", "K2", "K3", "K4a", "K4b", "B8"):
         assert found[name][0] == "not held", name
-    assert found["B3d"] == ("inconclusive", 0.0) or found["B3d"][1] == 0.0
-    assert found["K5"][1] == 0 and found["B13"] == ("not held", 1.0)
+    assert found["B3d"] == ("not held", 0.0) and found["B13"] == ("not held", 1.0)
+    assert found["K1"][1] == 99 and found["K3"][1] == 100
+    assert found["K5"] == ("inconclusive", None)  # both are always right
+
+
+def test_of_two_answers_only_the_seeds_where_they_differ_count() -> None:
+    """McNemar's exact test: five to none decide, three to none do not."""
+
+    def right_at(seeds: Sequence[int]) -> list[dict[str, Any]]:
+        found = rows()
+        for row in found:
+            if row["cell"].get("network") == "dense":
+                row["metrics"] = {**row["metrics"], "right": row["seed"] in seeds}
+        return found
+
+    judged = {claim["id"]: claim for claim in judge(claims(config()), right_at([1, 4]))}
+    assert judged["B5b"]["values"] == [1.0] * 3 and judged["B5b"]["verdict"] == "inconclusive"
+    assert verdicts(right_at([]))["B5b"] == ("held", 1.0) and verdicts(right_at(SEEDS))["B5b"][0] == "inconclusive"
 
 
 def without(name: str, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
@@ -128,7 +149,12 @@ def test_a_rival_that_finds_no_ticket_is_worse_by_the_whole_lift() -> None:
     assert found["B10a"] == ("held", 98.0) and found["B10b"] == ("held", 0.0)
 
 
+def test_rivals_are_no_equals_by_failing_alike() -> None:
+    found = verdicts([*rows(genuine=False), *rows(genuine=False, arm="omp"), *rows(genuine=False, arm="random")])
+    assert found["B10b"] == ("inconclusive", None) and found["B10a"][1] == 0
+
+
 def test_ids_are_unique_and_every_claim_says_where_it_is_from() -> None:
     made = claims(config())
-    assert len({claim.id for claim in made}) == len(made) == 29
+    assert len({claim.id for claim in made}) == len(made) == 30
     assert all(claim.statement and claim.source and claim.paper for claim in made)

@@ -183,6 +183,13 @@ def test_the_model_comes_back_as_it_was() -> None:
     assert (model.conv1.weight.grad == 1).all() and model.conv2.weight.grad is None
 
 
+def test_labels_may_be_a_tensor_and_gradients_off() -> None:
+    plain = invert(tiny_net(reference("tabor")), (3, 8, 8), [1, 2], count=4, steps=3)
+    with torch.no_grad():
+        found = invert(tiny_net(reference("tabor")), (3, 8, 8), torch.tensor([1, 2]), count=4, steps=3)  # type: ignore[arg-type]
+    assert found.labels == [1, 2] and torch.equal(found.mask, plain.mask)
+
+
 def test_compacted_and_plain_networks_give_the_same_search() -> None:
     torch.manual_seed(0)
     model = TinyNet().eval()

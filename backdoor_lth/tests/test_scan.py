@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import re
 import sys
@@ -92,6 +93,9 @@ def test_the_masks_of_a_ticket_are_applied(weights: Path, capsys: pytest.Capture
     save_checkpoint(path, {"model": model.state_dict(), "masks": masks.state_dict()})
     said(main, ["--weights", path, *FEW, "--folder", weights.parent / "out"], capsys)
     assert read_json(weights.parent / "out" / "report.json")["weights_left"] == masks.kept == 8172
+    save_checkpoint(path, {"model": "cnn", "state_dict": model.state_dict(), "masks": masks.state_dict()})
+    said(main, ["--weights", path, *FEW, "--folder", weights.parent / "out"], capsys)
+    assert read_json(weights.parent / "out" / "report.json")["weights_left"] == masks.kept
     save_checkpoint(path, {"model": model.state_dict(), "masks": {"no.weight": torch.ones(1)}})
     assert "mask no.weight must name a parameter" in refusal(main, ["--weights", path, *FEW], capsys)
 
@@ -160,6 +164,15 @@ def two():
 
 def flat():
     return nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = build_model("cnn", 3, 10)
+
+    def forward(self, x):
+        return self.module(x)
 """
 
 
@@ -187,6 +200,15 @@ def test_a_network_of_ones_own_is_found_in_the_working_directory(own: Path, caps
     status, out, _ = said(main, ["--weights", own, *FEW, "--builder", "mine:make", "--folder", "out"], capsys)
     assert not status and "the report: out/report.json" in out
     assert read_json(Path("out/report.json"))["density"] < 0.7
+
+
+def test_a_network_may_have_a_module_of_the_name_that_wrappers_give(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sys.path.insert(0, "")
+    torch.save(importlib.import_module("mine").Wrapped().state_dict(), "wrapped.pt")
+    status, _, _ = said(main, [*FEW, "--weights", "wrapped.pt", "--builder", "mine:Wrapped"], capsys)
+    assert not status and Path("scan/report.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -265,6 +287,24 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_search(
     for folder, reason in ((weights, "File exists"), (Path("/proc/self"), "")):  # root may write everywhere else
         status, out, err = said(main, ["--weights", weights, *FEW, "--folder", folder], capsys)
         assert (status, out, err.count("\n")) == (1, "", 1) and str(folder) in err and reason in err
+
+
+@pytest.mark.parametrize(("name", "left"), [("_bars", True), ("write_json", False)])
+def test_a_scan_stopped_while_it_writes_leaves_no_picture_beside_an_older_report(
+    name: str, left: bool, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = weights.parent / "out"
+    options = ["--weights", weights, *FEW, "--folder", folder]
+    said(main, options, capsys)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scanning, name, stopped)
+    said(main, [*options, "--seed", "1"], capsys)
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert (after == before) == left and ("report.json" in after) == left
 
 
 def test_a_scan_without_data_leaves_no_older_score(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
