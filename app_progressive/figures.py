@@ -25,7 +25,9 @@ def draw(rows: Rows, claims: Sequence[Claim]) -> dict[str, Figure]:
             figures[name] = _curves(rows, part, arms, curves)
     if {"app", "app-mag"} <= set(_arms(rows, "F")):
         figures["layers"] = _layers(rows)
-    tested = [each for each in judge_together(claims, rows) if "holm" in each and each["low"] < each["high"]]
+    tested = [
+        each for each in judge_together(claims, rows) if "holm" in each and None not in (each["low"], each["high"])
+    ]
     if tested:
         figures["primary"] = _primary(tested)
     return figures

@@ -231,7 +231,7 @@ class _Builder:
 
 
 def _f64(t: Tensor) -> Tensor:
-    return t.detach().to(torch.float64)
+    return t.detach().to(torch.float64, copy=True)  # the network may go on training
 
 
 def _pair(value: int | Shape) -> Pair:

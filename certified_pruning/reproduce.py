@@ -16,7 +16,7 @@ from certified_pruning.figures import draw
 from certified_pruning.settings import Config, PruningStudy
 from certified_pruning.train import train
 from common.claims import report
-from common.config import command, dump
+from common.config import command, dump, require
 from common.data import load
 from common.study import Cell, run_study, study_config
 
@@ -59,6 +59,9 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
             changes = {name: value for name, value in asdict(chosen).items() if value is not None}
             cells.append(Cell({"regime": regime, "method": chosen.method, **changes}, seed))
             chain_config(shared, cells[-1].settings, seed)  # a cell that cannot be is refused before anything runs
+    chains = [(cell.settings["method"], cell.settings["regime"], cell.seed) for cell in cells]
+    twice = [chain for chain in chains if chain[0].startswith("imp") and chains.count(chain) > 1]
+    require(not twice, "study.cells", " ".join(map(str, twice[:1])), "one chain of imp and of imp+nrs a regime")
     folder = Path(config.study.runs) / "certified_pruning" / config.study.scale
     study = run_study(cells, partial(run_cell, shared), folder, dump(shared), config.study)
     judged = claims(config.verify.max_nodes)

@@ -30,7 +30,8 @@ class CompleteVerifier:
     """Verifier of one network: is the class of each image the same on its whole box?
 
     Args:
-        model: an `nn.Sequential` chain in eval mode (see `ChainNet.from_module`), on the device to work on.
+        model: an `nn.Sequential` chain in eval mode (see `ChainNet.from_module`), on the device to work on; taken as it
+            is now, what is trained later is not verified.
         input_shape: of one image, e.g. (1, 28, 28).
         eps: radius of the L-inf ball in raw pixel units [0, 1]; the ball is cut to [0, 1].
         n_classes: number of logits.

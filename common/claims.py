@@ -47,10 +47,10 @@ class Claim:
         measure: rows -> one number a seed (paired differences, ratios, 0/1); KeyError or nothing where rows lack it.
         threshold: of the estimate, fixed before the measured run; for "equivalent" the margin on both sides of 0.
         direction: the side of the threshold on which the claim holds.
-        interval: "t" paired one-sided t bounds of the mean; "sign" exact sign-test bounds of the median (decides from
-            five seeds on); "binomial" exact (Clopper-Pearson) bounds of the share of ones; "bootstrap" percentile
-            bounds of the mean (from twenty on: of few values they are too narrow); "worst" the worst seed: a statement
-            about the seeds measured, without a bound.
+        interval: "t" paired one-sided t bounds of the mean, none where all values are equal; "sign" exact sign-test
+            bounds of the median (decides from five seeds on); "binomial" exact (Clopper-Pearson) bounds of the share of
+            ones; "bootstrap" percentile bounds of the mean (from twenty on: of few values they are too narrow); "worst"
+            the worst seed: a statement about the seeds measured, without a bound.
         at_least: with "above", the estimate must also reach this.
         unit: of the measure.
     """
@@ -88,8 +88,8 @@ def bounds(values: Sequence[float], interval: str, direction: str = "above") -> 
         low, high = stats.quantile_test(x, p=0.5).confidence_interval(0.9)
     elif interval == "binomial":
         low, high = stats.binomtest(round(x.sum()), len(x)).proportion_ci(0.9, method="exact")
-    elif np.ptp(x) == 0:
-        low = high = estimate
+    elif np.ptp(x) <= 1e-9 * max(np.abs(x).max(), 1e-3):  # equal values say nothing of their spread
+        return estimate, low, high
     elif interval == "bootstrap":
         low, high = stats.bootstrap((x,), np.mean, confidence_level=0.9, method="percentile", rng=0).confidence_interval
     else:

@@ -70,9 +70,12 @@ def rre(metrics: Metrics) -> float:
 
 def left_behind(rows: Rows) -> list[float]:
     """Per seed of `all`: parameters more or less than plain, state-dict keys that came or went, hooks still there."""
-    added = difference("all", "plain", lambda metrics: metrics["parameters"])(rows)
-    left = each("all", lambda metrics: metrics["keys_changed"] + metrics["hooks_left"])(rows)
-    return [abs(parameters) + count for parameters, count in zip(added, left, strict=False)]
+    ours, plain = by_seed(rows, "all"), by_seed(rows, "plain")
+    return [
+        abs(metrics["parameters"] - plain[seed]["parameters"]) + metrics["keys_changed"] + metrics["hooks_left"]
+        for seed, metrics in ours.items()
+        if seed in plain
+    ]
 
 
 def gains() -> Sequence[Claim]:

@@ -4,6 +4,7 @@ Writes eval.json into the run's folder: test accuracy, the redundancy report on 
 and what of the regularizers is left in the network (nothing should be).
 """
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def trained_network(folder: Path, config: Config, splits: Splits) -> tuple[nn.Mo
     """The run's network with its weights, and the test accuracy of their moving average where there is one."""
     path = folder / "model.pt"
     content = load_checkpoint(path)
-    model = build_vit(config.model, splits.train).to(device())
+    model = build_vit(replace(config.model, pretrained=False), splits.train).to(device())
     average = None
     if config.train.ema:
         load_weights(model, content, path, "average")

@@ -19,7 +19,7 @@ from common.runs import CheckpointError, write_atomically
 WRAPPERS = ("module.", "model.", "net.", "1.")  # "1.": nn.Sequential(normaliser, network)
 NORMALISER = ("normalizer.", "normalize.", "normalization.", "0.")
 OTHERS = ("attacker.",)  # a second copy of the network in checkpoints of the robustness library
-CONTAINERS = ("state_dict", "model", "net")
+CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
 
 
 def plain_names(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -40,14 +40,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such file of weights")
     try:
         if path.suffix == ".safetensors":
-            return plain_names(safetensors.torch.load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
         for name in CONTAINERS:
             content = content[name] if isinstance(content.get(name), Mapping) else content
-        return plain_names(content)
+        found = plain_names(content)
     except Exception as error:  # torch, pickle, zip and safetensors each have their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: not a state dict of tensors and plain data ({reason})") from error
+    if not found:
+        keys = ", ".join(map(str, list(content)[:5]))
+        raise CheckpointError(f"{path}: must hold a state dict, by itself or under {', '.join(CONTAINERS)}, got {keys}")
+    return found
 
 
 def load_pretrained(model: nn.Module, state: Mapping[str, Tensor], path: Path, without: str = "") -> None:

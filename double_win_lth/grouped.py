@@ -6,7 +6,7 @@ batches are too small to fill the machine.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from common.masks import Masks
 from double_win_lth.models import Normalize, head_name
 from double_win_lth.tickets import Prunable, conv_weights, require_all_masked
+
+MIXING = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+"""layers whose output of one channel depends on others, though they may have no parameters"""
 
 
 class TicketBatch(nn.Module):
@@ -34,7 +37,11 @@ class TicketBatch(nn.Module):
         self.tickets = len(tickets)
         self.net = copy.deepcopy(tickets[0])
         for name, module in list(self.net.named_modules()):
-            if next(module.children(), None) is None:
+            if next(module.children(), None) is not None:
+                own = next((entry for entry, _ in _own_tensors(module)), "")
+                if own:
+                    raise TypeError(f"tickets can be grouped of layers alone, got a module with its own {own}")
+            else:
                 self.net.set_submodule(name, _side_by_side([ticket.get_submodule(name) for ticket in tickets]))
         self.train(tickets[0].training)
 
@@ -138,6 +145,11 @@ def _require_one_architecture(tickets: Sequence[nn.Module]) -> None:
         raise TypeError(f"tickets can be grouped with one Linear layer, the head, got {heads}")
 
 
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
 def _is_head(net: nn.Module, name: str) -> bool:
     return isinstance(net.get_submodule(name.rpartition(".")[0]), GroupedLinear)
 
@@ -159,6 +171,7 @@ def _side_by_side(modules: Sequence[nn.Module]) -> nn.Module:
             if buffer.ndim:
                 setattr(grouped, name, torch.cat([module.get_buffer(name) for module in modules]))
         return grouped
-    if next(first.parameters(), None) is not None or next(first.buffers(), None) is not None:
+    mixes = isinstance(first, MIXING)
+    if mixes or next(first.parameters(), None) is not None or next(first.buffers(), None) is not None:
         raise TypeError(f"tickets can be grouped of Conv2d, BatchNorm2d and Linear layers, got {type(first).__name__}")
     return copy.deepcopy(first)

@@ -161,7 +161,8 @@ def find_tickets(
     Args:
         model: pre-trained, and again so afterwards: `TicketBook.apply_to` makes a ticket of it.
         train_round: (model, masks, level) trains ticket `level` in place on the pre-training task and keeps masked
-            weights at zero; called for levels 1 .. rounds - 1, since round 1 needs no training.
+            weights at zero meanwhile (`detach` what `Masks.attach` gave); called for levels 1 .. rounds - 1, since
+            round 1 needs no training.
         rate: share of the survivors that a round removes, in (0, 1).
         rounds: tickets to find.
         prunable: the weights to prune, by name.

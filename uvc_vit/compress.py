@@ -107,7 +107,6 @@ def compress(
             for images, labels in train_loader:
                 images, targets = images.to(device), _targets(labels.to(device), classes, smoothing)
                 optimizer.zero_grad(set_to_none=True)
-                method.gates.zero_grad(set_to_none=True)
                 loss = distilled_loss(net(images), targets, lambda images=images: frozen(images), kd)  # type: ignore[misc]
                 if not math.isfinite(loss.item()):
                     raise FloatingPointError(f"loss is {loss.item()} at step {step}")

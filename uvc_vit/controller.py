@@ -89,7 +89,11 @@ class UVCController:
         self._attachment: Attachment | None = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """The gates' logits, to be kept out of the weights' optimiser; clear their gradient with the weights'."""
+        """The gates' logits, to be kept out of the weights' optimiser.
+
+        `step` clears their gradient. Neither a `GradScaler` nor DDP knows it: before `step` divide it by the scale,
+        average it over the processes.
+        """
         return [self.gates.logits]
 
     def attach(self) -> None:
@@ -126,7 +130,7 @@ class UVCController:
             raise RuntimeError("step() needs the gates in the model: call attach() before the training loop")
         config, now, released = self.config, self.variables, self.config.mode == "released"
         target = self.target
-        task_grad = self.gates.logits.grad
+        task_grad, self.gates.logits.grad = self.gates.logits.grad, None  # in no optimiser, which would clear it
         task_grad = torch.zeros_like(now.gates) if task_grad is None else task_grad.detach().float()
         if not task_grad.isfinite().all():
             raise FloatingPointError(f"the gates' gradient is not finite at step {self.steps}")

@@ -4,6 +4,7 @@ Writes eval.json into the run's folder: test accuracy after and before stage 2, 
 counter, their share of the uncompressed network's, and what is left of each block.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
     splits = load(config.data)
     _, size = config.model.image_shape(splits.train)
     plan = read_plan(folder / "plan.json")
-    dense = build(config, splits.train)
+    dense = build(replace(config, model=replace(config.model, pretrained=False)), splits.train)
     try:
         model: Any = slim(dense, plan, config.layout).to(device())
     except ValueError as error:

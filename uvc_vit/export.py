@@ -1,5 +1,7 @@
 """A compressed model as a file for other programs: torch.export or ONNX, compared with the model before it counts."""
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ def export(
     dynamic_batch: bool = True,
     atol: float = 1e-4,
 ) -> float:
-    """Write the model to `path`, read it back and compare outputs.
+    """Write the model to `path`, read it back and compare outputs; a file that was there stays where they differ.
 
     Args:
         model: in eval mode.
@@ -42,15 +44,19 @@ def export(
         raise ValueError(f"images must be at least two, got {len(images)}")
     dynamic = ({0: torch.export.Dim("batch", min=1, max=BATCHES)},) if dynamic_batch else None
     program = torch.export.export(model, (images,), dynamic_shapes=dynamic)
-    if format == "pt2":
-        torch.export.save(program, path)
-        found = torch.export.load(path).module()(images)
-    else:
-        torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False).save(path)  # type: ignore[union-attr]
-        found = _run_onnx(path, images)
-    difference = (found.to(images.device) - model(images)).abs().max().item()
-    if not difference <= atol:
-        raise ValueError(f"outputs of {path} must be within {atol} of the model's, got {difference:.3g}")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        fresh = Path(folder) / path.name
+        if format == "pt2":
+            torch.export.save(program, fresh)
+            found = torch.export.load(fresh).module()(images)
+        else:
+            torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False).save(fresh)  # type: ignore[union-attr]
+            found = _run_onnx(fresh, images)
+        difference = (found.to(images.device) - model(images)).abs().max().item()
+        if not difference <= atol:
+            raise ValueError(f"outputs of {path} must be within {atol} of the model's, got {difference:.3g}")
+        for file in Path(folder).iterdir():  # of a large ONNX model also its data
+            os.replace(file, path.parent / file.name)
     return difference
 
 

@@ -76,10 +76,15 @@ class GatedBlock(nn.Module):
 
 
 class Attachment:
-    """Gates put around a model's blocks until `remove`: one draw for each forward of the model."""
+    """Gates put around a model's blocks until `remove`: one draw for each forward of the model.
+
+    Raises RuntimeError where there are gates already.
+    """
 
     def __init__(self, model: nn.Module, gates: Gates) -> None:
         self.blocks: nn.Sequential = model.get_submodule("blocks")  # type: ignore[assignment]
+        if any(isinstance(block, GatedBlock) for block in self.blocks):
+            raise RuntimeError("model has the gates of another controller in it: detach() that one first")
         for index, block in enumerate(self.blocks):
             self.blocks[index] = GatedBlock(block, gates, index)
         self.handle = model.register_forward_pre_hook(lambda module, inputs: gates.draw(module.training))

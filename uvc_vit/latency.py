@@ -84,7 +84,7 @@ def measure(model: nn.Module, images: Tensor, repeats: int = 30) -> LatencyTable
     model = copy.deepcopy(model).eval()
     adapter = ViTAdapter(model)
     tokens = adapter.tokens((images.shape[-2], images.shape[-1]))
-    x = torch.randn(len(images), tokens, adapter.dims[0].dim, device=images.device)
+    x = torch.randn(len(images), tokens, adapter.dims[0].dim, device=images.device, dtype=images.dtype)
     fits: dict[BlockDims, tuple[Tensor, float]] = {}
     for index, sizes in enumerate(adapter.dims):
         if sizes not in fits:

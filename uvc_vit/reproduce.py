@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from common.claims import report
-from common.config import command, dump
+from common.config import command, dump, require
 from common.data import ImageSet, Splits, in_order, load, pixels, steps_per_epoch
+from common.experiment import device
 from common.study import Cell, run_study, study_config
 from uvc_vit.adapter import ViTAdapter
 from uvc_vit.audit import skipped_share
@@ -107,12 +108,12 @@ def audited(config: Config, splits: Splits, home: Path, trained: bool) -> dict[s
 
     The ratios of times are the only numbers of a study that may differ between two runs of it.
     """
-    plan, model = read_plan(home / "plan.json"), network(config, splits.train)
+    plan, model = read_plan(home / "plan.json"), network(config, splits.train).to(device())
     _, size = config.model.image_shape(splits.train)
     adapter = ViTAdapter(model)
     found = {"skipped_share": skipped_share(plan, adapter.tokens((size, size)), adapter.embed_macs((size, size)))}
     raw = torch.cat([images for images, _ in islice(in_order(splits.test, 64), 1)])
-    images = config.model.normalize(pixels(raw))
+    images = config.model.normalize(pixels(raw)).to(device())
     found["latency_ratio"] = latency_ratio(model, plan, config.layout, images)
     if trained:
         found["stage2_ratio"] = training_ratio(model, plan, config.layout, images)
@@ -135,6 +136,8 @@ def whole_grid(arguments: Sequence[str]) -> list[str]:
         del there[place : place + 2]
         if "--scale" in there:
             place = there.index("--scale")
+            scale = "".join(there[place + 1 : place + 2])
+            require(scale == "demo", "--scale", scale, "demo with seeds full, the only larger study")
             del there[place : place + 2]
         there += ["--scale", "demo_full"]
     return there

@@ -139,7 +139,6 @@ def _search(
         method.gates.generator = generator(config.seed, 3, step)
         model.train()
         optimizer.zero_grad(set_to_none=True)
-        method.gates.zero_grad(set_to_none=True)
         value = loss(forward, images, labels, step)
         run.require_finite(step, loss=value.item())
         value.backward()

@@ -43,20 +43,23 @@ def find_attentions(model: nn.Module, layers: Sequence[int] | None = None) -> di
         layers: positions in that order to keep; None keeps all.
 
     Raises:
-        RuntimeError: if the model is compiled or wrapped for DDP: hooks added now would be ignored, parameters missed.
+        RuntimeError: if the model is compiled or wrapped for DDP or DataParallel: hooks added now would be ignored,
+            parameters missed.
         TypeError: if it holds an attention, or a block with attention inside, that the scales do not fit, or if
             `layers` is no sequence of integers.
-        ValueError: if it holds no attention at all.
+        ValueError: if it holds no attention at all, or one in two places.
         IndexError: if `layers` is out of range.
     """
-    found = {}
-    for name, module in model.named_modules():
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         kind = type(module).__name__
         if kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise RuntimeError("model must not be compiled yet: apply the scales first, torch.compile last")
-        if kind == "DistributedDataParallel":
-            raise RuntimeError("model must not be wrapped for DDP yet: apply the scales first")
+        if kind in ("DistributedDataParallel", "DataParallel"):
+            raise RuntimeError(f"model must not be wrapped in {kind} yet: apply the scales first")
         if type(module) in SUPPORTED:
+            if twin := next((other for other, there in found.items() if there is module), ""):
+                raise ValueError(f"{name} must be a module of its own, got the one that is {twin} too")
             found[name] = module
         elif LOOKS_LIKE_ATTENTION.search(kind) and not name.endswith("attnscale") and not _class_attention(model, name):
             supported = ", ".join(sorted({c.__name__ for c in SUPPORTED}))

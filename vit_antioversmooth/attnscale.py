@@ -118,7 +118,10 @@ class AttnScale(nn.Module):
         return (args[0], by_channel(self.omega, args[0].shape[-1]), self._take_v_mean())
 
     def _take_v_mean(self) -> Tensor:
-        assert self._v_mean is not None
+        if self._v_mean is None:
+            raise RuntimeError(
+                "one forward at a time: AttnScale hands mean(V) on inside the model, after fold_ no more"
+            )
         v_mean, self._v_mean = self._v_mean, None
         return v_mean
 

@@ -4,6 +4,7 @@ Writes eval.json into the run's folder: test accuracy; by layer frequencies, cos
 test images; the learnt scales; for a plain vision transformer also the paper's theorems, map by map.
 """
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def evaluate(config: Config, folder: Path, progress: Progress) -> Metrics:
     splits = load(config.data)
     path = folder / "model.pt"
     content = load_checkpoint(path)
-    model = network(config, splits.train).to(device())
+    untrained = replace(config.model, weights="", pretrained=False)  # what training started from may be gone
+    model = network(replace(config, model=untrained), splits.train).to(device())
     metrics: Metrics = {}
     if config.train.ema:  # the moving average first: the weights stay for what follows
         load_weights(model, content, path, "average")

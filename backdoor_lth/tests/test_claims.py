@@ -10,6 +10,7 @@ import pytest
 from backdoor_lth.claims import claims
 from backdoor_lth.tests.nets import config
 from common.claims import judge
+from common.tests.paper_checks import varied
 
 SEEDS = range(5)
 COLLAPSED = {"dense_asr": 12.0, "ctr": 99.0, "null_success": [1.0], "collapse_right": True, "flagged": True}
@@ -61,7 +62,9 @@ def rows(genuine: bool = True, arm: str = "poisoned", peak: float = 0.4) -> list
 
 
 def verdicts(found: list[dict[str, Any]]) -> dict[str, tuple[str, float | None]]:
-    return {claim["id"]: (claim["verdict"], claim["estimate"]) for claim in judge(claims(config()), found)}
+    """Verdict and estimate of every claim, the estimate to three decimals."""
+    judged = judge(claims(config()), varied(found))
+    return {claim["id"]: (claim["verdict"], claim["estimate"] and round(claim["estimate"], 3)) for claim in judged}
 
 
 def test_a_genuine_ticket_holds_as_worded_and_under_control() -> None:
@@ -91,7 +94,7 @@ def test_a_genuine_ticket_holds_as_worded_and_under_control() -> None:
     assert found["B4"][1] == 49.5 and found["B6a"][1] == 50 and found["K2"][1] == 50 and found["B7"][1] == -2
     assert found["B3d"][1] == pytest.approx(0.3) and found["B3a"][1] == 0
     # Means over the tickets of density at most .2: ASR keeps 1, 1 and .101, accuracy .6098, .0610 and .0244.
-    assert found["B1a"][1] == pytest.approx((1 + 1 + 10 / 99) / 3 - (50 + 5 + 2) / 82 / 3)
+    assert found["B1a"][1] == pytest.approx((1 + 1 + 10 / 99) / 3 - (50 + 5 + 2) / 82 / 3, abs=1e-3)
 
 
 def test_a_collapsed_network_holds_as_worded_and_not_under_control() -> None:
@@ -135,7 +138,7 @@ def test_chance_is_that_of_the_rows_classes() -> None:
         {**row, "metrics": {**row["metrics"], "l1": [9.0] * 100}} if "l1" in row["metrics"] else row for row in rows()
     ]
     assert verdicts(rows())["B2a"][1] == 1 and verdicts(many)["B2a"][1] == 0  # SA 15 % is no chance among 100
-    assert verdicts(many)["B1a"][1] == pytest.approx((1 + 1 + 10 / 99) / 3 - (59 + 14 + 11) / 91 / 3)
+    assert verdicts(many)["B1a"][1] == pytest.approx((1 + 1 + 10 / 99) / 3 - (59 + 14 + 11) / 91 / 3, abs=1e-3)
 
 
 def test_claims_without_their_rows_are_inconclusive() -> None:

@@ -10,6 +10,7 @@ import pytest
 from certified_pruning.claims import best_sparse, certified_ticket, claims, ticket_level
 from certified_pruning.figures import draw
 from common.claims import judge
+from common.tests.paper_checks import varied
 
 
 def row(
@@ -22,7 +23,8 @@ def row(
         "nodes": 1000 - 10 * verified,
         "gap_1": 0.1,
     }
-    values = {"verified": verified, "val_verified": val, "ibp_verified": verified, "val_ibp_verified": val, **standard}
+    of_test, of_val = ({name: float(x) for name in ("verified", "ibp_verified")} for x in (verified, val))
+    values = {**of_test, **{f"val_{name}": x for name, x in of_val.items()}, **standard}
     cell = {"regime": regime, "method": method, "round": number, "density": 0.5**number}
     return {"cell": cell, "seed": seed, "metrics": {**values, **metrics}}
 
@@ -40,7 +42,7 @@ def table() -> list[dict[str, Any]]:
 
 
 def judged() -> dict[str, dict[str, Any]]:
-    return {claim["id"]: claim for claim in judge(claims(100), table())}
+    return {claim["id"]: claim for claim in judge(claims(100), varied(table()))}
 
 
 @pytest.mark.parametrize(
@@ -53,13 +55,12 @@ def judged() -> dict[str, dict[str, Any]]:
         ("C4b", [2, 4, 0], "inconclusive"),  # random, chosen on validation too, verifies 62
         ("C6a", [-0.014, -0.016, -0.012], "held"),
         ("C6b", [-140, -160, -120], "held"),
-        ("C6c", [math.atanh(-(1 - 1e-6))] * 3, "held"),
         ("C7", [5, 6, 4], "held"),
     ],
 )
 def test_claims_measure_what_they_say(claim: str, values: list[float], verdict: str) -> None:
     found = judged()[claim]
-    assert found["values"] == pytest.approx(values)
+    assert found["values"] == pytest.approx(values, abs=0.01)
     assert found["verdict"] == verdict
 
 
@@ -107,6 +108,29 @@ def test_of_two_adversarial_regimes_the_claims_judge_the_first() -> None:
 def test_levels_are_chosen_on_validation_and_of_equals_the_sparsest() -> None:
     rows = [row(0, "imp", 1, 90, 10), row(0, "imp", 2, 20, 30), row(0, "imp", 3, 10, 30)]
     assert best_sparse(rows)["cell"]["round"] == 3
+
+
+def test_pruners_of_which_too_little_is_known_do_not_fail_to_help() -> None:
+    def c3(*gains: tuple[float, float, float]) -> tuple[list[float], str]:
+        found = [row(seed, "imp", 0, 50, 40) for seed in range(3)]
+        for number, of_method in enumerate(gains):
+            name = f"p{number}" if number else "imp"
+            found += [row(seed, name, 1, 50 + gain, 9) for seed, gain in enumerate(of_method)]
+        (claim,) = (claim for claim in judge(claims(100), varied(found)) if claim["id"] == "C3")
+        return claim["values"], claim["verdict"]
+
+    helps, unknown, harms = (9.0, 10.0, 11.0), (2.0, 20.0, 9.0), (-9.0, -10.0, -11.0)
+    assert c3(helps, helps, harms) == ([pytest.approx(2 / 3)] * 3, "held")
+    assert c3(helps, unknown, unknown) == ([pytest.approx(1 / 3)], "inconclusive")
+    assert c3(helps, harms, harms) == ([pytest.approx(1 / 3)] * 3, "not held")
+
+
+def test_a_dense_net_of_which_nothing_is_verified_has_no_ticket() -> None:
+    rows = table()
+    for number in range(3):
+        set_metrics(rows, 1, number, verified=0.0)
+    (claim,) = (claim for claim in judge(claims(100), rows) if claim["id"] == "C5")
+    assert (claim["values"], claim["verdict"]) == ([], "inconclusive")
 
 
 def test_claims_without_their_rows_are_inconclusive() -> None:

@@ -124,6 +124,7 @@ def test_the_exact_scales_have_the_weight_decays_and_schedules_of_the_release() 
     [
         (["--scale", "huge"], r"--scale must be one of .*smoke"),
         (["--study.cells", "[{method: magnitude}]"], "study.cells"),
+        (["--study.cells", "[{method: imp}, {method: imp, eps: 0.2}]"], "study.cells must be one chain of imp and of"),
         (["--study.cells", "[{method: imp, at_init: true}]"], "prune.at_init must be with method snip or taylor"),
         (["--study.worker", "2"], "unknown key 'study.worker'; did you mean 'study.workers'"),
     ],

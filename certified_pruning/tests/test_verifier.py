@@ -47,6 +47,20 @@ def labelled(model: nn.Module, shape: tuple[int, ...], n: int, seed: int = 0) ->
         return x, model(x).argmax(1)
 
 
+def test_a_verifier_keeps_the_network_that_it_was_given() -> None:
+    """Also one in float64, of which nothing needs converting."""
+    model = mlp([6, 8, 3])
+    x, y = labelled(model, (6,), 4)
+    model.double()
+    verifier = CompleteVerifier(model, (6,), 0.01, 3, COMPLETE)
+    before = statuses(verifier.verify(x, y))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.neg_()
+    assert statuses(verifier.verify(x, y)) == before
+    assert statuses(CompleteVerifier(model, (6,), 0.01, 3, COMPLETE).verify(x, y)) != before
+
+
 @pytest.mark.parametrize("branching", ["kfsb", "babsr"])
 @pytest.mark.parametrize("name", BOUNDS)
 def test_verdicts_equal_the_reference_for_every_batching(name: str, branching: str) -> None:

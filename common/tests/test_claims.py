@@ -64,9 +64,9 @@ def test_t_bounds_of_two_seeds_use_the_quantile_6_31() -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("interval", ["t", "bootstrap"])
-def test_equal_values_have_bounds_at_their_value(interval: str) -> None:
-    assert bounds([0.1] * 30, interval)[1:] == pytest.approx((0.1, 0.1), abs=1e-12)
-    assert bounds([2] * 20, interval) == (2, 2, 2)
+def test_values_equal_but_for_rounding_say_nothing_of_their_spread(interval: str) -> None:
+    for values in ([2] * 20, [0.0] * 20, [0.1, 0.1 + 1e-16] * 15, [0.0, 1e-14] * 10):
+        assert bounds(values, interval)[1:] == (-INF, INF)
 
 
 @pytest.mark.parametrize("interval", ["t", "sign", "binomial", "bootstrap", "worst"])
@@ -155,18 +155,11 @@ def test_no_seed_and_one_seed_are_inconclusive(values: list[float], direction: s
     assert of(values, direction=direction) == "inconclusive"
 
 
-@pytest.mark.parametrize(
-    ("direction", "value", "expected"),
-    [("above", 1, "held"), ("above", 0, "not held"), ("below", 0, "not held"), ("below", -1, "held")],
-)
-def test_equal_values_are_decided_by_their_side_and_a_tie_is_not_held(
-    direction: str, value: float, expected: str
-) -> None:
-    assert of([value, value], direction=direction) == expected
-
-
-def test_equal_values_at_zero_are_equivalent() -> None:
-    assert of([0, 0, 0], direction="equivalent", threshold=1) == "held"
+@pytest.mark.parametrize("direction", ["above", "below", "equivalent"])
+@pytest.mark.parametrize("value", [-1, 0, 1])
+def test_equal_values_decide_nothing_but_worst_cases(direction: str, value: float) -> None:
+    assert of([value] * 3, direction=direction, threshold=2) == "inconclusive"
+    assert of([value] * 3, direction=direction, threshold=2, interval="worst") != "inconclusive"
 
 
 @pytest.mark.parametrize(
@@ -255,7 +248,7 @@ PNG = b"\x89PNG not really"
 
 
 def results(**changes: Any) -> dict[str, Any]:
-    samples = {"C1": SAMPLE, "C2": [-1, -1], "C3": [1]}
+    samples = {"C1": SAMPLE, "C2": [-1, -1.1], "C3": [1]}
     judged = judge([claim(values, id=name) for name, values in samples.items()], rows(1, 2))
     facts = {"machine": {"cpu": "a cpu", "cores": 2, "gpus": []}, "versions": {"torch": "2"}, "revision": "abc"}
     run = {"paper": "a_paper", "scale": "demo", "date": "today", "seconds": 90.0, "rows": rows(1, 2)}

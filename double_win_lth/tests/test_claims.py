@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from common.claims import judge
+from common.tests.paper_checks import varied
 from double_win_lth.claims import claims, compare, value
 from double_win_lth.figures import draw, extremes
 from double_win_lth.tests.nets import config
@@ -63,9 +64,9 @@ def rows() -> list[dict[str, Any]]:
         ("C1e", [-1, -1], "held"),
         ("C1f", [-1, -1], "held"),
         # ADV matches at level 1 (margin 2); STD loses 3 points of standard accuracy there.
-        ("C2a", [50, 50], "held"),
+        ("C2a", [50, 50], "inconclusive"),  # +50 points in both seeds, equal
         # FAST and STD share level 2 alone, where FAST loses 1.5 points.
-        ("C2b", [75, 75], "held"),
+        ("C2b", [75, 75], "inconclusive"),
         ("C3a", [6.5, 6.5], "held"),
         ("C3b", [-2, -2], "not held"),
         ("C3c", [4, 4], "held"),  # -1 + 2.5 and 6.5 points
@@ -79,8 +80,8 @@ def rows() -> list[dict[str, Any]]:
     ],
 )
 def test_a_claim_measures_what_it_says(name: str, values: list[float], verdict: str) -> None:
-    (judged,) = judge([claim for claim in CLAIMS if claim.id == name], rows())
-    assert judged["values"] == pytest.approx(values) and judged["verdict"] == verdict
+    (judged,) = judge([claim for claim in CLAIMS if claim.id == name], varied(rows()))
+    assert judged["values"] == pytest.approx(values, abs=0.01) and judged["verdict"] == verdict
 
 
 def test_extreme_sparsities_are_found_seed_by_seed() -> None:
@@ -121,7 +122,7 @@ def test_draws_are_averaged_inside_a_seed_and_missing_rows_are_named() -> None:
 def test_without_rows_every_claim_is_inconclusive_and_nothing_is_drawn() -> None:
     assert {claim["verdict"] for claim in judge(CLAIMS, [])} == {"inconclusive"}
     assert draw([]) == {} and extremes([], 1.0) == []
-    some = [each for each in rows() if each["cell"].get("regime") == "adv"]
+    some = [each for each in varied(rows()) if each["cell"].get("regime") == "adv"]
     verdicts = {claim["id"]: claim["verdict"] for claim in judge(CLAIMS, some)}
     assert verdicts["C1a"] == "held" and verdicts["C3a"] == verdicts["C7a"] == "inconclusive"
     assert sorted(draw(some)) == ["data", "sparsity"]

@@ -107,6 +107,12 @@ def test_what_cannot_be_grouped_is_refused_by_name() -> None:
         TypeError, match="tickets can be grouped of Conv2d, BatchNorm2d and Linear layers, got GroupNorm"
     ):
         TicketBatch([nn.Sequential(nn.Conv2d(1, 2, 1), nn.GroupNorm(1, 2))])
+    with pytest.raises(TypeError, match="got GroupNorm"):
+        TicketBatch([nn.Sequential(nn.Conv2d(1, 2, 1), nn.GroupNorm(1, 2, affine=False))])
+    gated = nn.Sequential(nn.Conv2d(1, 2, 1))
+    gated.gate = nn.Parameter(torch.ones(()))
+    with pytest.raises(TypeError, match="layers alone, got a module with its own gate"):
+        TicketBatch([gated])
     with pytest.raises(ValueError, match="tickets must be at least one network, got none"):
         TicketBatch([])
     net = network()

@@ -265,6 +265,12 @@ def test_checkpoints_are_converted_to_safetensors(
     assert status is None and out.startswith(f"{len(state)} tensors")
     again = safetensors.torch.load_file(tmp_path / "out.safetensors")
     assert again.keys() == state.keys() and all(torch.equal(again[name], value) for name, value in state.items())
+    torch.save({"epoch": 3, "weights": state}, tmp_path / "other.pth")
+    line = refusal(convert, [tmp_path / "other.pth", tmp_path / "out.safetensors"], capsys)
+    assert line.endswith(
+        "must hold a state dict, by itself or under state_dict, model_state_dict, model, net, got epoch, weights"
+    )
+    assert safetensors.torch.load_file(tmp_path / "out.safetensors").keys() == state.keys()
     assert "arguments must be the file to read" in refusal(convert, [tmp_path / "in.pth"], capsys)
     assert "output must be a .safetensors file" in refusal(convert, [tmp_path / "in.pth", "out.pt"], capsys)
 

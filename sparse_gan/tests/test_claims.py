@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.claims import judge
+from common.tests.paper_checks import varied
 from sparse_gan.claims import CLAIMS, POST_HOC
 from sparse_gan.eval import packed_sheet
 from sparse_gan.figures import draw
@@ -71,8 +72,8 @@ def rows() -> list[dict[str, Any]]:
     ],
 )
 def test_a_claim_measures_and_decides_what_it_says(name: str, values: list[float], verdict: str) -> None:
-    (judged,) = judge([BY_ID[name]], rows())
-    assert judged["values"] == pytest.approx(values) and judged["verdict"] == verdict
+    (judged,) = judge([BY_ID[name]], varied(rows()))
+    assert judged["values"] == pytest.approx(values, abs=1e-3) and judged["verdict"] == verdict
 
 
 def test_the_table_above_has_every_claim_and_each_carries_the_papers_setting() -> None:

@@ -40,7 +40,6 @@ def train(method: UVCController, steps: int, first: int = 0, autocast: bool = Fa
     for step in range(first, first + steps):
         method.gates.generator = torch.Generator().manual_seed(step)
         optimizer.zero_grad()
-        method.gates.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = model(nets.images(8, seed=step))
         nn.functional.cross_entropy(logits.float(), torch.arange(8) % 5).backward()
@@ -50,6 +49,36 @@ def train(method: UVCController, steps: int, first: int = 0, autocast: bool = Fa
 
 
 # The controller
+
+
+def test_every_step_sees_the_gates_gradient_of_its_own_batch_alone() -> None:
+    method = controller(nets.vit())
+    method.attach()
+    model = method.adapter.model.train()
+    for step in range(3):
+        method.gates.generator = torch.Generator().manual_seed(step)
+        model(nets.images(8, seed=step)).square().mean().backward()
+        assert method.gates.logits.grad is not None
+        (own,) = torch.autograd.grad(_again(method, step), method.gates.logits)
+        torch.testing.assert_close(method.gates.logits.grad, own)
+        method.step()
+        model.zero_grad()
+
+
+def _again(method: UVCController, step: int) -> torch.Tensor:
+    method.gates.generator = torch.Generator().manual_seed(step)
+    return method.adapter.model(nets.images(8, seed=step)).square().mean()
+
+
+def test_gates_within_gates_are_refused() -> None:
+    model = nets.vit()
+    first, second = controller(model), controller(model, budget=0.7)
+    first.attach()
+    with pytest.raises(RuntimeError, match="gates of another controller"):
+        second.attach()
+    first.detach()
+    second.attach()
+    second.detach()
 
 
 @pytest.mark.parametrize("mode", ["solve", "fixed", "released"])

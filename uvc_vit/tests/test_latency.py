@@ -77,6 +77,11 @@ def test_times_that_are_linear_are_fitted_exactly() -> None:
     assert parts[3] == 0 and error > 0.01  # less time for more neurons: noise, not a cost
 
 
+def test_a_network_is_timed_in_its_own_precision() -> None:
+    found = measure(nets.vit().to(torch.bfloat16), nets.images(2).to(torch.bfloat16), repeats=1)
+    assert len(found.sizes) == 3
+
+
 def test_a_network_is_timed_block_by_block() -> None:
     model = nets.vit()
     found = measure(model, nets.images(), repeats=3)

@@ -132,5 +132,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
         export(model, tmp_path / "x", nets.images(1))
     with pytest.raises(ValueError, match="must be in eval mode"):
         export(model.train(), tmp_path / "x", nets.images())
+    (tmp_path / "x").write_text("an earlier export")
     with pytest.raises(ValueError, match="must be within -1"):
         export(model.eval(), tmp_path / "x", nets.images(), atol=-1)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "an earlier export"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from common.config import parse
+from common.config import ConfigError, parse
 from common.data import ImageFiles, ImageSet, load
 from common.runs import load_checkpoint
 from common.study import scale_arguments
@@ -144,6 +144,8 @@ def test_the_teachers_logits_are_kept_where_they_are_few() -> None:
 def test_seeds_full_stand_for_the_whole_grid() -> None:
     make = ["--scale", "demo", "--study.workers", "2", "--study.seeds", "[full]", "--train.lr", "1e-3"]
     assert whole_grid(make) == ["--study.workers", "2", "--train.lr", "1e-3", "--scale", "demo_full"]
+    with pytest.raises(ConfigError, match="--scale must be demo with seeds full"):
+        whole_grid(["--scale", "cifar", *make[2:]])
     assert whole_grid(make[:4]) == make[:4] and whole_grid(["--study.seeds", "[0,1]"]) == ["--study.seeds", "[0,1]"]
     config = parse(Config, scale_arguments(HERE / "configs", whole_grid(make)), prog="reproduce")
     assert set(config.study.arms) | set(config.study.wide_arms) == set(STUDY_ARMS) and config.train.lr == 1e-3

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from common.claims import holm, judge
+from common.tests.paper_checks import varied
 from vit_antioversmooth.claims import CLAIMS, claims_of
 from vit_antioversmooth.cost import PAPER_COUNTS
 from vit_antioversmooth.figures import draw
@@ -76,8 +77,8 @@ def rows() -> list[dict[str, Any]]:
     ],
 )
 def test_a_claim_measures_what_it_says(name: str, values: list[float], verdict: str) -> None:
-    (judged,) = judge([BY_ID[name]], rows())
-    assert judged["values"] == pytest.approx(values) and judged["verdict"] == verdict
+    (judged,) = judge([BY_ID[name]], varied(rows()))
+    assert judged["values"] == pytest.approx(values, abs=1e-3) and judged["verdict"] == verdict
 
 
 def test_the_table_above_has_every_claim_and_each_carries_the_papers_setting() -> None:

@@ -197,6 +197,16 @@ def test_an_attention_that_the_scales_do_not_fit_is_refused_by_name(model, kind,
         apply(model())
 
 
+@pytest.mark.parametrize("apply", [apply_attnscale, apply_featscale])
+def test_an_attention_in_two_places_and_a_wrapper_are_refused(apply) -> None:
+    model = nets.build("plain")
+    with pytest.raises(RuntimeError, match="must not be wrapped in DataParallel yet"):
+        apply(nn.DataParallel(model))
+    model.blocks[1].attn = model.blocks[0].attn
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn must be .*, got the one that is blocks\.0\.attn too"):
+        apply(model)
+
+
 def test_a_network_without_attention_is_refused_with_what_it_has() -> None:
     with pytest.raises(ValueError, match="must have a supported attention module, got only Conv2d, Sequential"):
         apply_attnscale(nn.Sequential(nn.Conv2d(3, 4, 3)))

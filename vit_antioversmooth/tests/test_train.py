@@ -220,6 +220,9 @@ def test_a_run_starts_from_the_weights_of_another_with_fresh_scales(finished: Pa
     weights = tmp_path / "plain" / "model.pt"
     model = network(config("--scales.method", "both", "--model.weights", weights), splits.train)
     assert all((value == 0).all() for key, value in model.state_dict().items() if "scale." in key)
+    train(config("--train.epochs", 1, "--model.weights", weights), tmp_path / "tuned", quiet)
+    weights.unlink()  # a finished run needs them no more
+    assert 0 <= evaluation.evaluate(tmp_path / "tuned")["test_accuracy"] <= 100
 
 
 @pytest.mark.parametrize("count", [1, 2])
