@@ -116,7 +116,7 @@ CLAIMS: list[Claim] = [
     ),
     Claim(
         id="B5a",
-        statement="More noise on the weights, worse meta-training: least rise of the meta loss over 0, .1, .3, 1",
+        statement="More noise on the weights, a worse meta loss under it: least rise over 0, .1, .3, 1",
         source="Fig. 6",
         paper="no number",
         measure=least_rise,
@@ -124,7 +124,7 @@ CLAIMS: list[Claim] = [
     ),
     Claim(
         id="B5b",
-        statement="Relative noise of 1 makes every replicate diverge: mean meta loss of the last 20 steps",
+        statement="Relative noise of 1 makes every replicate diverge: mean meta loss, under it, of the last 20 steps",
         source="Fig. 6",
         paper="all diverge at .1, after the whole curriculum",
         measure=diverged(1.0),

@@ -2,8 +2,9 @@
 
 Rows: cell {arm, what, by, problem}; what is race, training or memory. A race's measures are lists of R lists of J
 numbers: log losses of replicate i's trainings from the starts i J to i J + J - 1. All optimizers race from the same
-starts, so differences are paired: with the pool by start, between learnt optimizers by replicate too, as replicates of
-one number begin meta-training with the same weights. Shipped weights, one replicate each, race from the pool's starts.
+starts, so differences are paired: with the pool by start, between learnt optimizers by replicate of one seed too, as
+replicates of one number begin meta-training with the same weights. A seed changes no start: the pool and shipped
+weights, one replicate each, race alike at every one.
 """
 
 import math
@@ -37,9 +38,20 @@ def rows_of(rows: Rows, **cell: Any) -> list[Any]:
     return sorted(found, key=lambda row: row["seed"])
 
 
+def by_seed(rows: Rows, metric: str, **cell: Any) -> dict[int, list[Any]]:
+    """A metric of the rows with these settings: of every seed its replicates' values."""
+    return {row["seed"]: row["metrics"][metric] for row in rows_of(rows, **cell)}
+
+
+def together(*found: dict[int, list[Any]]) -> list[tuple[Any, ...]]:
+    """Of each replicate its values in all of `found`; without the seeds that one of them lacks."""
+    seeds = [seed for seed in found[0] if all(seed in other for other in found)]
+    return [values for seed in seeds for values in zip(*(one[seed] for one in found), strict=False)]
+
+
 def raced(rows: Rows, by: str, problem: str, measure: str = "val_best") -> list[list[float]]:
     """R lists of J numbers of an optimizer, the seeds' replicates one behind the other."""
-    return [row for one in rows_of(rows, what="race", by=by, problem=problem) for row in one["metrics"][measure]]
+    return [row for own in by_seed(rows, measure, what="race", by=by, problem=problem).values() for row in own]
 
 
 def problems_of(rows: Rows) -> list[str]:
@@ -70,11 +82,14 @@ def over_oracle(by: str, place: int | str) -> Measure:
 
     def measure(rows: Rows) -> list[float]:
         problem = at(rows, place)
-        theirs, ours = oracles(rows, problem), raced(rows, by, problem)
-        size = len(ours[0])
-        if len(ours) == 1:  # shipped weights: one replicate, by start
-            return [a - b for a, b in zip(ours[0], theirs, strict=False)]
-        return [mean(row) - mean(theirs[i * size : (i + 1) * size]) for i, row in enumerate(ours)]
+        theirs, races = oracles(rows, problem), by_seed(rows, "val_best", what="race", by=by, problem=problem)
+        first = next(iter(races.values()))
+        if len(first) == 1:  # shipped weights: one replicate, by start; the same at every seed
+            return [a - b for a, b in zip(first[0], theirs, strict=False)]
+        size = len(first[0])  # every seed's replicates race from the same starts
+        return [
+            mean(row) - mean(theirs[i * size : (i + 1) * size]) for own in races.values() for i, row in enumerate(own)
+        ]
 
     return measure
 
@@ -88,16 +103,16 @@ def best_over_oracle(by: str) -> Measure:
     """
 
     def measure(rows: Rows) -> list[float]:
-        lows, highs, best = [], [], 0
+        lows, highs, seed, best = [], [], rows_of(rows, what="race", by=by)[0]["seed"], 0
         if not by.startswith("shipped-"):
-            validations = rows_of(rows, what="training", by=by)[0]["metrics"]["validations"]
-            best = validations.index(min(validations))
+            validations = by_seed(rows, "validations", what="training", by=by)
+            _, seed, best = min((value, seed, i) for seed, own in validations.items() for i, value in enumerate(own))
         for problem in {row["cell"]["problem"] for row in rows_of(rows, what="race", by=by)}:
             try:
                 theirs = oracles(rows, problem)
             except KeyError:  # the pool does not race with private gradients
                 continue
-            ours = raced(rows, by, problem)[best]
+            ours = by_seed(rows, "val_best", what="race", by=by, problem=problem)[seed][best]
             first = best * len(ours)
             away = [a - b for a, b in zip(ours, theirs[first : first + len(ours)], strict=True)]
             _, low, high = bounds(away, "t")
@@ -114,8 +129,8 @@ def best_over_oracle(by: str) -> Measure:
 
 def difference(rows: Rows, by: str, reference: str, problem: str) -> list[float]:
     """Per replicate, the difference of two learnt optimizers' mean log losses."""
-    ours, theirs = (raced(rows, name, problem) for name in (by, reference))
-    return [mean(a) - mean(b) for a, b in zip(ours, theirs, strict=False)]
+    ours, theirs = (by_seed(rows, "val_best", what="race", by=name, problem=problem) for name in (by, reference))
+    return [mean(a) - mean(b) for a, b in together(ours, theirs)]
 
 
 def over(by: str, reference: str, place: int) -> Measure:
@@ -152,29 +167,28 @@ def unsteadiness(by: str) -> Measure:
     return measure
 
 
-def trained(rows: Rows, metric: str, **cell: Any) -> list[Any]:
-    """A metric of a training, one a replicate."""
-    return [value for row in rows_of(rows, what="training", **cell) for value in row["metrics"][metric]]
+def recent(rows: Rows, magnitude: float) -> dict[int, list[float]]:
+    """B5: mean meta loss of the last 20 meta-steps under relative noise, of every seed one a replicate.
 
-
-def recent(magnitude: float) -> Measure:
-    """B5: mean meta loss of the last 20 meta-steps under relative noise, one a replicate."""
-    return lambda rows: trained(rows, "recent", arm="noise", kind="relative", magnitude=magnitude)
+    It is measured while the noise acts, so that noise raises it whatever the student has learnt.
+    """
+    return by_seed(rows, "recent", what="training", arm="noise", kind="relative", magnitude=magnitude)
 
 
 def diverged(magnitude: float) -> Measure:
     """B5: the same; nothing where a replicate without noise has not learnt either."""
 
     def measure(rows: Rows) -> list[float]:
-        return recent(magnitude)(rows) if max(recent(0.0)(rows)) < COLLAPSED else []
+        pairs = together(recent(rows, 0.0), recent(rows, magnitude))
+        return [noisy for _, noisy in pairs] if all(plain < COLLAPSED for plain, _ in pairs) else []
 
     return measure
 
 
 def least_rise(rows: Rows) -> list[float]:
     """B5: per replicate, the smallest rise of that loss from one magnitude to the next."""
-    losses = [recent(magnitude)(rows) for magnitude in NOISE]
-    return [min(b - a for a, b in pairwise(one)) for one in zip(*losses, strict=True)]
+    losses = together(*(recent(rows, magnitude) for magnitude in NOISE))
+    return [min(b - a for a, b in pairwise(one)) for one in losses]
 
 
 def log_spread(kind: str, magnitude: float) -> Measure:
@@ -184,10 +198,11 @@ def log_spread(kind: str, magnitude: float) -> Measure:
     """
 
     def measure(rows: Rows) -> list[float]:
-        samples = []
-        for own in ({"kind": kind, "magnitude": magnitude}, {"magnitude": 0.0}):
-            found = rows_of(rows, what="race", arm="noise", **own)
-            samples.append(np.array([row for one in found for row in one["metrics"]["train_last"]]))
+        noises: list[dict[str, Any]] = [{"kind": kind, "magnitude": magnitude}, {"magnitude": 0.0}]
+        races = together(*(by_seed(rows, "train_last", what="race", arm="noise", **noise) for noise in noises))
+        if not races:
+            return []
+        samples = [np.array(sample) for sample in zip(*races, strict=True)]
         count = len(samples[0])
         left = [[random_effects(np.delete(one, out, 0)).meta_sd for one in samples] for out in range(count)]
         spreads = [[random_effects(one).meta_sd for one in samples], *left]
@@ -201,9 +216,9 @@ def log_spread(kind: str, magnitude: float) -> Measure:
 
 def lead_of_one_teacher(rows: Rows) -> list[float]:
     """B9: per replicate, the largest share of steps with one teacher nearest: mean minus max."""
-    by_mean = trained(rows, "nearest", arm="nearest", reduce="mean")
-    by_max = trained(rows, "nearest", arm="noise", kind="relative", magnitude=0.0)
-    return [max(a) - max(b) for a, b in zip(by_mean, by_max, strict=True)]
+    by_mean = by_seed(rows, "nearest", what="training", arm="nearest", reduce="mean")
+    by_max = by_seed(rows, "nearest", what="training", arm="noise", kind="relative", magnitude=0.0)
+    return [max(a) - max(b) for a, b in together(by_mean, by_max)]
 
 
 def memory_growth(rows: Rows) -> list[float]:
