@@ -105,8 +105,17 @@ class MaskedAdam(optim.Optimizer):
         """
         if "active" not in state_dict:
             raise ValueError(f"state_dict must be of a MaskedAdam, with active, got {sorted(state_dict)}")
+        parameters, actives = self._parameters(), state_dict["active"]
+        if len(parameters) != len(actives):
+            raise ValueError(f"state_dict must be of {len(parameters)} parameters, got {len(actives)}")
+        for number, (parameter, active) in enumerate(zip(parameters, actives, strict=True)):
+            moment = state_dict["state"].get(number, {}).get("exp_avg")
+            count = parameter.numel() if active is None else len(active)
+            fits = moment is None or moment.numel() == count
+            if not fits or (active is not None and len(active) and int(active.max()) >= parameter.numel()):
+                raise ValueError(f"state_dict must fit parameter {number} of shape {tuple(parameter.shape)}")
         super().load_state_dict(state_dict)
-        pairs = zip(self._parameters(), state_dict["active"], strict=True)
+        pairs = zip(parameters, actives, strict=True)
         self._active = {p: None if active is None else active.to(p.device) for p, active in pairs}
 
     def state_bytes(self) -> int:

@@ -50,6 +50,8 @@ class ExportConfig:
     """of those starts"""
     folder: str = ""
     """where the file goes; empty: with the package's presets"""
+    overwrite: bool = False
+    """a preset of this name that is there"""
 
     def __post_init__(self) -> None:
         allowed = f"a lower-case word of letters, digits and _ that is none of {', '.join(BUILT_IN)}"
@@ -82,6 +84,7 @@ def of_study(path: Path, form: str) -> tuple[Config, list[Candidate]]:
         results = read_json(path)
         config = load_config(Config, HERE / "configs" / f"{results['scale']}.yaml")
         origin = f"{results['scale']} study of {results['date'][:10]}, revision {results['revision']}"
+        origin += f", recipe of {results['scale']}.yaml at revision {environment()['revision']}"
         rows = [row for row in results["rows"] if row["cell"].get("by") == form and "rule" in row["metrics"]]
         found = []
         for row in rows:
@@ -128,7 +131,8 @@ def score(rule: SymbolicRule, config: Config, options: ExportConfig) -> float:
 
 def export(options: ExportConfig, say: Callable[[str], None] = print) -> Path:
     """Write the preset; returns its path. Raises `ConfigError`."""
-    source = Path(options.source)
+    source, path = Path(options.source), (Path(options.folder) if options.folder else FOLDER) / f"{options.name}.json"
+    require(options.overwrite or not path.exists(), "name", options.name, "another than that of a preset, or overwrite")
     config, candidates = of_run(source, options.form) if source.is_dir() else of_study(source, options.form)
     require(bool(candidates), "form", options.form, f"one that {source} has rules of")
     chosen, how = candidates[0], ""
@@ -140,9 +144,7 @@ def export(options: ExportConfig, say: Callable[[str], None] = print) -> Path:
         races = f"{', '.join(options.problems)}, half A, {options.starts} starts of seed {options.seed}"
         how = f"; best of {len(candidates)} by mean log loss after races on {races}"
     rule = replace(chosen.rule, provenance=chosen.origin + how)
-    folder = Path(options.folder) if options.folder else FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{options.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (rule.to_json() + "\n").encode())
     return path
 

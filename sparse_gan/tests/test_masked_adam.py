@@ -135,6 +135,23 @@ def test_positions_come_with_the_state_and_the_step_follows_its_parameter() -> N
         optimizer.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
 
 
+def test_the_state_of_another_network_is_refused_by_name_and_changes_nothing() -> None:
+    wide, narrow = nn.Linear(8, 4), nn.Linear(4, 4)
+    states = []
+    for model, masked in ((wide, True), (wide, False), (narrow, True)):
+        masks = Masks({"weight": torch.arange(model.weight.numel()).view_as(model.weight) % 5 == 0} if masked else {})
+        states.append(optimizer := MaskedAdam(model, masks, 0.01))
+        model(torch.ones(2, model.in_features)).sum().backward()
+        optimizer.step()
+    before = {name: value.clone() for name, value in states[2].state[narrow.weight].items()}
+    for other in states[:2]:
+        with pytest.raises(ValueError, match=r"state_dict must fit parameter 0 of shape \(4, 4\)"):
+            states[2].load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="state_dict must be of 2 parameters, got 1"):
+        states[2].load_state_dict(MaskedAdam(nn.Linear(4, 4, bias=False), Masks(), 0.01).state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in states[2].state[narrow.weight].items())
+
+
 def test_channels_last_modules_take_the_same_way() -> None:
     plain, last = net(), net().to(memory_format=torch.channels_last)
     masks = masks_of(plain)

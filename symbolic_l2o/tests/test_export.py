@@ -48,6 +48,17 @@ def test_one_rule_is_shipped_without_a_race(tmp_path: Path) -> None:
     assert "best of" not in SymbolicRule.from_json(path.read_text()).provenance
 
 
+def test_a_preset_is_written_over_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    source = study(tmp_path, rp=0.5)
+    path = export(options(source, tmp_path / "to"))
+    path.write_text("an earlier preset")
+    with pytest.raises(ConfigError, match="name must be another than that of a preset, or overwrite, got 'mine'"):
+        export(options(source, tmp_path / "to"))
+    assert path.read_text() == "an earlier preset"
+    export(options(source, tmp_path / "to", overwrite=True))
+    assert "rp teacher" in SymbolicRule.from_json(path.read_text()).provenance
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from symbolic_l2o import reproduce as study
 from symbolic_l2o.claims import CLAIMS
 from symbolic_l2o.cost import peak_bytes, step_costs, tuning_floats, tuning_peak
 from symbolic_l2o.expr import fold, latex
-from symbolic_l2o.figures import draw
 from symbolic_l2o.inner import begin, run_window
 from symbolic_l2o.meta_gradient import ForwardMode
 from symbolic_l2o.presets import PRESETS, presets
@@ -164,7 +162,8 @@ def test_the_tuned_rule_alone_is_compared_and_chosen_in_validation() -> None:
     found = [network("tuned", 80.0, val=81), network("tuned", 83.0, val=79), network("symbolic", 90.0, val=90)]
     found += [network("sgdm", 79.0, val=80), network("sgdm", 85.0, val=70), network("adam", 78.0, val=75)]
     assert judged("C8d", found)[1] == [1] and judged("C8e", found)[1] == [2]
-    assert judged("C8d", [network("tuned", 80.0), network("adam", 70.0)]) == ("inconclusive", [])
+    alone = [network("tuned", 80.0, val=81), network("adam", 70.0, val=75)]
+    assert judged("C8d", alone) == ("inconclusive", []) and judged("C8e", alone)[1] == [10]
 
 
 def test_the_form_claim_takes_the_worst_teacher() -> None:
@@ -264,12 +263,10 @@ def test_the_peak_of_meta_tuning_counts_what_is_held_at_once() -> None:
     assert tuning_peak("mlp_mnist", 14) > 20  # the activations are few there, the tangents are not
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "power_series"])  # too long for one line
 def test_every_formula_can_be_drawn(name: str) -> None:
     rule = presets(name)
     text = latex(fold(rule.expr, rule.coefficients), {}).replace("\\operatorname", "\\mathrm")
-    if len(text) < 4000:
-        figure = Figure()
-        figure.text(0, 0, f"${text}$")
-        figure.canvas.draw()
-    assert math.isfinite(len(text)) and draw([]) == {}
+    figure = Figure()
+    figure.text(0, 0, f"${text}$")
+    figure.canvas.draw()

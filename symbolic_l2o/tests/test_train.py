@@ -67,9 +67,9 @@ def test_an_equation_of_a_teachers_run_is_exported_by_its_form(finished: Path, t
     assert (rule.expr, rule.coefficients) == (kept.expr, kept.coefficients)
     assert rule.provenance.startswith("template form of a rp_s teacher: mnist5k, half A, ")
     with pytest.raises(ConfigError, match="form must be one of template, "):
-        export(replace(options, form="magic"))
+        export(replace(options, form="magic", overwrite=True))
     with pytest.raises(ConfigError, match="no such run"):
-        export(replace(options, source=str(tmp_path)))
+        export(replace(options, source=str(tmp_path), overwrite=True))
 
 
 def test_a_tuned_rule_is_written_and_serves_as_the_rule_of_another_run(tmp_path: Path) -> None:
