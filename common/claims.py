@@ -199,8 +199,8 @@ def print_table(results: Mapping[str, Any]) -> None:
 def write_report(results: Mapping[str, Any], figures: Mapping[str, bytes], folder: Path) -> Path:
     """Write <scale>.json, <scale>.md with figures <scale>-<name>.png, and <scale>.html, which needs no other file.
 
-    `results` has paper, scale, machine, versions, revision, date, seconds, rows and judged claims; `figures` are PNGs
-    by name. Returns the HTML file's path.
+    `results` has paper, scale, machine, versions, revision, date, seconds, rows, failed (cells) and judged claims;
+    `figures` are PNGs by name. Returns the HTML file's path.
     """
     scale = results["scale"]
     for old in set(figures_of(folder / f"{scale}.json", scale)) - set(figures):
@@ -231,6 +231,7 @@ def report(
     facts = {key: value for key, value in environment().items() if key != "threads"}
     facts["revision"] = ", ".join(study.revisions)
     counts = {"scale": study.scale, "seconds": round(study.seconds, 1), "rows": study.rows}
+    counts["failed"] = sorted(study.failed)
     results = {"paper": paper, **facts, **counts, "claims": judging(claims, study.rows)}
     if study.rows:
         path = write_report(results, figures, folder)

@@ -373,8 +373,8 @@ def test_a_study_without_failures_reports_with_status_0(tmp_path: Path, capsys: 
         f"2 rows in 1.5 minutes; the report: {tmp_path}/demo.html",
     )
     stored = json.loads((tmp_path / "demo.json").read_text())
-    keys = {"paper", "scale", "machine", "versions", "revision", "date", "seconds", "rows", "claims"}
-    assert set(stored) == keys and stored["rows"] == rows(1, 2)
+    keys = {"paper", "scale", "machine", "versions", "revision", "date", "seconds", "rows", "failed", "claims"}
+    assert set(stored) == keys and stored["failed"] == [] and stored["rows"] == rows(1, 2)
     assert stored["revision"] == "abc, def"  # where the rows come from, not where they are reported
 
 
@@ -390,6 +390,13 @@ def test_failed_cells_are_listed_with_the_last_word_of_their_logs_and_status_1(
         f"failed: b: died without a word (log: {empty})",
     ]
     assert not (tmp_path / "results").exists()
+
+
+def test_a_report_names_the_cells_that_it_lacks(tmp_path: Path) -> None:
+    report("a_paper", studied(tmp_path, {"b": tmp_path / "b.log"}, rows(1, 2)), [claim(SAMPLE)], draw, tmp_path)
+    assert json.loads((tmp_path / "demo.json").read_text())["failed"] == ["b"]
+    for name in ("demo.md", "demo.html"):
+        assert "Failed, and in no number below: b." in (tmp_path / name).read_text()
 
 
 def test_results_stay_where_a_study_has_no_rows_and_old_figures_go_with_new_ones(tmp_path: Path) -> None:
