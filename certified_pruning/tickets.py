@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+ROUNDING = 1e-9  # points; a tie counts as a match
+
+
 @dataclass(frozen=True)
 class Record:
     """One level of a lottery chain: density in (0, 1]; accuracies in percent of all images."""
@@ -28,8 +31,8 @@ def matching(records: Sequence[Record], clean_tau: float, verified_tau: float) -
         record
         for record in records
         if record.density < 1
-        and record.clean >= dense[0].clean - clean_tau
-        and record.verified >= dense[0].verified - verified_tau
+        and record.clean >= dense[0].clean - clean_tau - ROUNDING
+        and record.verified >= dense[0].verified - verified_tau - ROUNDING
     ]
 
 

@@ -339,6 +339,9 @@ LEVELS = [Record(1, 97.0, 50), Record(0.5, 96.5, 60), Record(0.25, 96.1, 70), Re
 
 def test_the_certified_ticket_is_the_sparsest_level_within_tau_of_dense() -> None:
     assert find_ticket(LEVELS, tau=1) == LEVELS[2]
+    assert find_ticket([Record(1, 64.4, 50), Record(0.5, 63.4, 50)], tau=1) == Record(
+        0.5, 63.4, 50
+    )  # a tie, but for rounding
     assert find_ticket(LEVELS, tau=0) is None
     assert find_ticket(LEVELS, tau=2) == LEVELS[3]
     assert find_ticket([LEVELS[0], Record(0.5, 97.5, 48.5)], tau=1) is None
