@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 ROUNDING = 1e-9  # points; a tie counts as a match
 
 
