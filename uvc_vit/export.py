@@ -14,7 +14,7 @@ BATCHES = 64  # largest of a dynamic batch
 @torch.no_grad()
 def export(
     model: nn.Module,
-    path: Path,
+    path: Path | str,
     images: Tensor,
     format: Literal["pt2", "onnx"] = "pt2",
     dynamic_batch: bool = True,
@@ -36,6 +36,7 @@ def export(
     Raises:
         ValueError: on another format, a model in training mode, one image alone, or outputs that differ.
     """
+    path = Path(path)
     if format not in ("pt2", "onnx"):
         raise ValueError(f"format must be pt2 or onnx, got {format!r}")
     if model.training:
