@@ -81,9 +81,7 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
     one = replace(config, study=TrojanStudy())
     folder = Path(config.study.runs) / "backdoor_lth" / config.study.scale
     study = run_study(cells_of(config.study), partial(run_cell, one), folder, dump(one), config.study)
-    if (
-        full and config.study.full
-    ):  # its cells are those of the smaller study and more; its report stands beside that one
+    if full and config.study.full:  # beside the report of the smaller study, whose cells it has too
         study = replace(study, scale=f"{study.scale}_full")
     place = Path(config.study.results or HERE / "results")
     status = report("backdoor_lth", study, claims(config), draw, place)
