@@ -1,5 +1,6 @@
 """What a rule costs beside its teacher: floats a weight, time of a step, memory of meta-tuning (claim C7)."""
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -53,6 +54,7 @@ def step_costs(size: int) -> dict[str, float]:
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """Most memory that one call of `work` holds at a time above what it found, in tensors on the processor."""
+    gc.collect()  # what was garbage before must not be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         work()
     events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
